@@ -1,0 +1,119 @@
+"""The catalogue: every op a model step needs. CUDA tensors go to the Triton kernels, all others to the reference.
+
+Shapes, dtypes and semantics are those of :mod:`slipstream.kernels.reference`, which is the definition. Triton is
+imported on the first CUDA call, because it need not be installed where there is no GPU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slipstream.kernels import reference
+
+token_logprobs = reference.token_logprobs
+copy_pages = reference.copy_pages
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [T, H], weight: [H] -> [T, H]."""
+    if x.is_cuda:
+        from slipstream.kernels import triton_norm
+
+        return triton_norm.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual: [T, H], weight: [H] -> (norm of x + residual, x + residual)."""
+    if x.is_cuda:
+        from slipstream.kernels import triton_norm
+
+        return triton_norm.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up: [T, 2I] -> [T, I]: silu of the first half times the second."""
+    if gate_up.is_cuda:
+        from slipstream.kernels import triton_norm
+
+        return triton_norm.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> Tensor:
+    """qkv: [T, (Hq + 2 Hk) * D] -> q: [T, Hq, D]; K and V go into the pages at ``slots``."""
+    args = (qkv, q_weight, k_weight, eps, cos_sin, positions, slots, k_pages, v_pages)
+    if qkv.is_cuda:
+        from slipstream.kernels import triton_rope
+
+        return triton_rope.qk_norm_rope_store(*args)
+    return reference.qk_norm_rope_store(*args)
+
+
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """q: [B, Hq, D] over the pages of B requests -> [B, Hq, D]."""
+    if q.is_cuda:
+        from slipstream.kernels import triton_decode
+
+        return triton_decode.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
+    return reference.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    query_start: Tensor,
+    lengths: Tensor,
+    scale: float,
+    max_query: int,
+) -> Tensor:
+    """q: [T, Hq, D], ragged and causal over the pages of B requests -> [T, Hq, D]."""
+    args = (q, k_pages, v_pages, page_table, query_start, lengths, scale, max_query)
+    if q.is_cuda:
+        from slipstream.kernels import triton_prefill
+
+        return triton_prefill.prefill_attention(*args)
+    return reference.prefill_attention(*args)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """logits: [B, V] and per-row parameters [B] -> tokens [B] int64, without host synchronisation on CUDA."""
+    args = (logits, temperature, top_k, top_p, min_p, seeds, positions)
+    if logits.is_cuda:
+        from slipstream.kernels import triton_sample
+
+        return triton_sample.sample(*args)
+    return reference.sample(*args)
+
+
+def list_pages(page_table: Tensor, lengths: Tensor, page_size: int, indices: Tensor, last_page_len: Tensor) -> None:
+    """page_table: [B, N], lengths: [B] -> flat page ids in ``indices`` and tokens of the last pages, in place."""
+    if lengths.is_cuda:
+        from slipstream.kernels import triton_pages
+
+        triton_pages.list_pages(page_table, lengths, page_size, indices, last_page_len)
+    else:
+        reference.list_pages(page_table, lengths, page_size, indices, last_page_len)
