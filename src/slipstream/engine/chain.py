@@ -1,0 +1,80 @@
+"""One chain of reasoning on its way through the engine: tokens known, tokens in flight, pages and seat. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from slipstream.kvcache.table import Lease
+
+if TYPE_CHECKING:
+    from slipstream.engine.request import Request
+
+NULL_SEAT = 0
+
+
+@dataclass(eq=False)
+class Chain:
+    """State of one chain.
+
+    ids: prompt and generated tokens that the host knows. total: those and the ones in flight. limit: most it may have.
+    order: (arrival of the request, index): the smaller came first. epoch: counts the times that results on their way
+    became worthless (preempted, cancelled, finished); a result of another epoch is dropped.
+    lease: its pages, None while it waits. seat: its row of device state. decoding: its last token is in its seat.
+    siblings: chains of the same request that start with this one's prompt, until it is prefilled.
+    wanted_from: first prompt index whose log-probability is still to come; ``num_prompt`` when none is.
+    num_cached: leading tokens that came from the prefix cache when it was first admitted; -1 before. step: the last
+    step of the scheduler that it is part of.
+    """
+
+    request: Request
+    index: int
+    order: tuple[int, int]
+    ids: list[int]
+    limit: int
+    seed: int = 0
+    samples: bool = True
+    wanted_from: int = -1
+    salt: Hashable = None
+    siblings: list[Chain] = field(default_factory=list)
+    num_cached: int = -1
+    num_prompt: int = 0
+    total: int = 0
+    epoch: int = 0
+    lease: Lease | None = None
+    seat: int = NULL_SEAT
+    decoding: bool = False
+    step: int = -1
+
+    def __post_init__(self) -> None:
+        self.num_prompt = self.total = len(self.ids)
+        if self.wanted_from < 0:
+            self.wanted_from = self.num_prompt
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Tokens whose KV it may need at once: the last token that is sampled needs none."""
+        return self.limit - 1 if self.samples else self.limit
+
+    @property
+    def reuse_limit(self) -> int:
+        """Leading tokens whose KV may come from the cache: the rest must run, for their logits are needed."""
+        first_row = self.wanted_from - 1 if self.wanted_from < self.num_prompt else len(self.ids) - 1
+        return max(first_row, 0)
+
+    @property
+    def can_decode(self) -> bool:
+        return self.decoding and self.total < self.limit
+
+    @property
+    def can_prefill(self) -> bool:
+        return not self.decoding and self.lease is not None and self.lease.length < self.total
+
+    def retire(self) -> None:
+        """Forget what is in flight; whatever still arrives belongs to an epoch that is over."""
+        self.epoch += 1
+        self.total = len(self.ids)
+        self.decoding = False
+        self.lease = None
+        self.seat = NULL_SEAT

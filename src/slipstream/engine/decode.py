@@ -1,0 +1,133 @@
+"""A decode step on static buffers: gathered from the seats, run, sampled, written back; on CUDA one captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from slipstream.attention.backend import AttentionBackend
+from slipstream.engine.chain import NULL_SEAT
+from slipstream.engine.sampling import SamplingRows
+from slipstream.engine.seats import Seats
+from slipstream.kernels import ops
+from slipstream.types import Batch
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_NULL_PAGES = (0,)
+
+
+class Model(Protocol):
+    """What the engine needs of a model: hidden states [T, H] of a batch, and logits [R, V] of hidden states [R, H]."""
+
+    def forward(self, batch: Batch, backend: AttentionBackend) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class DecodeStep:
+    """One token for each of ``bucket`` seats.
+
+    seat_rows: [bucket] int64, the seats to run; padding rows sit on the null seat and write to the null page.
+    tokens: [bucket] int64, what was sampled; logits: [bucket, V], valid until the next step.
+    """
+
+    def __init__(
+        self,
+        bucket: int,
+        model: Model,
+        backend: AttentionBackend,
+        seats: Seats,
+        page_size: int,
+        seat_rows: torch.Tensor,
+        graph_pool: Any | None,
+    ) -> None:
+        self.bucket, self._model, self._backend, self._seats = bucket, model, backend, seats
+        self._page_size, self._graph_pool = page_size, graph_pool
+        device = seat_rows.device
+        self.seat_rows = seat_rows
+        self.tokens = torch.zeros(bucket, dtype=torch.int64, device=device)
+        self.logits: torch.Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._sampling = SamplingRows.greedy(bucket, device)
+        self.batch = Batch(
+            tokens=torch.zeros(bucket, dtype=torch.int64, device=device),
+            positions=torch.zeros(bucket, dtype=torch.int64, device=device),
+            slots=torch.zeros(bucket, dtype=torch.int64, device=device),
+            page_table=torch.zeros((bucket, seats.table.shape[1]), dtype=torch.int32, device=device),
+            lengths=torch.ones(bucket, dtype=torch.int32, device=device),
+            query_start=torch.arange(bucket + 1, dtype=torch.int32, device=device),
+            logit_rows=torch.arange(bucket, device=device),
+            lengths_host=[1] * bucket,
+            query_start_host=list(range(bucket + 1)),
+            pages_host=[_NULL_PAGES] * bucket,
+            is_decode=True,
+            graph_key=None if graph_pool is None else bucket,
+        )
+
+    def refresh_sampling(self) -> None:
+        """The seats or their parameters changed: gather the parameters anew."""
+        self._seats.sampling.pick_into(self.seat_rows, self._sampling)
+
+    def run(self, lengths: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
+        """One step. lengths, pages: KV tokens (with this step's) and pages of the seats, on the host, unpadded."""
+        padding = self.bucket - len(lengths)
+        batch = self.batch
+        batch.lengths_host = [*lengths, *[1] * padding] if padding else lengths
+        batch.pages_host = [*pages, *[_NULL_PAGES] * padding] if padding else pages
+        if self._graph_pool is None:
+            self._gather()
+            self._backend.plan(batch)
+            self._compute()
+            return
+        self._backend.plan(batch)
+        assert self._graph is not None, "capture before the first run"
+        self._graph.replay()
+
+    @property
+    def needs_capture(self) -> bool:
+        return self._graph_pool is not None and self._graph is None
+
+    def capture(self) -> None:
+        """Record the step as a CUDA graph. The seats must be the null seat: the rehearsals before it really run."""
+        self.seat_rows.fill_(NULL_SEAT)
+        self.refresh_sampling()
+        batch = self.batch
+        batch.lengths_host, batch.pages_host = [1] * self.bucket, [_NULL_PAGES] * self.bucket
+        for _ in range(2):  # compile kernels and let libraries allocate, which a capture must not
+            self._backend.plan(batch)
+            self._gather()
+            self._compute()
+        self._backend.plan(batch)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+            self._gather()
+            self._compute()
+        self._graph = graph
+
+    def _gather(self) -> None:
+        seats, batch, rows, size = self._seats, self.batch, self.seat_rows, self._page_size
+        torch.index_select(seats.last_token, 0, rows, out=batch.tokens)
+        torch.index_select(seats.length, 0, rows, out=batch.positions)
+        if self._graph_pool is None:
+            # Nothing forces a fixed width here, and what kernels cost on the CPU grows with it.
+            width = max(map(len, batch.pages_host))
+            batch.page_table = seats.table[:, :width].index_select(0, rows)
+        else:
+            torch.index_select(seats.table, 0, rows, out=batch.page_table)
+        column = torch.div(batch.positions, size, rounding_mode="floor").unsqueeze(1)
+        page = batch.page_table.gather(1, column).squeeze(1)
+        torch.add(batch.positions % size, page, alpha=size, out=batch.slots)
+        torch.add(batch.positions, 1, out=batch.lengths)
+
+    def _compute(self) -> None:
+        batch, seats = self.batch, self._seats
+        self.logits = self._model.logits(self._model.forward(batch, self._backend))
+        lengths = batch.positions + 1
+        # The key of the noise is the index of the token that is drawn, whatever shares the batch.
+        tokens = ops.sample(self.logits, *self._sampling, lengths)
+        self.tokens.copy_(tokens)
+        seats.store(self.seat_rows, tokens, lengths)
+        seats.length[:1].zero_()
+        seats.last_token[:1].zero_()

@@ -1,0 +1,213 @@
+"""Who runs in the next step: continuous batching over pages and seats. Pure Python; counts tokens, never reads them."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+from slipstream.engine.chain import Chain
+from slipstream.kvcache.table import Copies, PageTable
+
+
+@dataclass
+class Chunk:
+    """Prompt tokens ``start .. start + count`` of a chain. ``samplers`` draw a token from the last one's logits."""
+
+    chain: Chain
+    epoch: int
+    start: int
+    count: int
+    samplers: list[tuple[Chain, int]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+@dataclass
+class Plan:
+    """One step. decodes: chains that run the token in their seat; lengths: their KV tokens with it; epochs: theirs.
+
+    seated: chains whose seat is new. grown: chains whose pages changed. copies: pages to copy before any is written.
+    """
+
+    decodes: list[Chain] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    seated: list[Chain] = field(default_factory=list)
+    grown: list[Chain] = field(default_factory=list)
+    copies: Copies = field(default_factory=list)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+    def chains(self) -> list[Chain]:
+        """Every chain that this step computes."""
+        return self.decodes + [chunk.chain for chunk in self.chunks] + [c for k in self.chunks for c, _ in k.samplers]
+
+
+class Scheduler:
+    """Chains wait, run, and are preempted; seats are numbered from 1 (seat 0 is the null seat of padding rows).
+
+    Who came first goes first: to make room, the latest chain gives its pages back; later it starts again, with the
+    tokens that it has.
+    token_budget: most tokens of a step, decodes counted first; prompts are cut to what is left, at least one token.
+    """
+
+    def __init__(self, table: PageTable, *, max_num_seqs: int, token_budget: int) -> None:
+        if max_num_seqs < 1 or token_budget < 1:
+            raise ValueError(f"max_num_seqs and token_budget must be >= 1, got {max_num_seqs} and {token_budget}")
+        self.table, self.max_num_seqs, self.token_budget = table, max_num_seqs, token_budget
+        self.waiting: deque[Chain] = deque()
+        self.running: list[Chain] = []
+        self.num_preemptions = self.num_cached_tokens = 0
+        self._seats = list(range(max_num_seqs, 0, -1))
+        self._step = 0
+        self._blocked_at = -1  # available pages when the first in line last did not fit
+
+    # -- in and out
+
+    def add(self, chain: Chain) -> None:
+        """Queue a chain with its siblings. Raises ``ValueError`` when it can never run."""
+        capacity = (self.table.num_pages - 1) * self.table.page_size
+        if chain.max_kv_tokens > capacity:
+            raise ValueError(f"a chain needs the KV of {chain.max_kv_tokens} tokens, the whole cache holds {capacity}")
+        if 1 + len(chain.siblings) > self.max_num_seqs:
+            raise ValueError(f"{1 + len(chain.siblings)} chains need as many seats, but there are {self.max_num_seqs}")
+        self.waiting.append(chain)
+
+    def finish(self, chain: Chain) -> None:
+        """Take a chain out, wherever it is; pages whose tokens are known stay in the prefix cache."""
+        if chain in self.running:
+            self.running.remove(chain)
+        elif chain in self.waiting:
+            self.waiting.remove(chain)
+        self._give_back(chain)
+
+    def _give_back(self, chain: Chain) -> None:
+        for sitting in (chain, *chain.siblings):
+            if sitting.seat:
+                self._seats.append(sitting.seat)
+                sitting.seat = 0
+        if chain.lease is not None:
+            self.table.free(chain.lease)
+        chain.retire()
+        self._blocked_at = -1
+
+    # -- one step
+
+    def schedule(self) -> Plan | None:
+        """The next step, or None when nothing can run: decodes first, then prompts begun, then who waits."""
+        plan = Plan()
+        self._step += 1
+        preemptions = self.num_preemptions
+        stalled = [c for c in self.running.copy() if c.can_decode and not self._decode(c, plan)]
+        budget = max(1, self.token_budget - len(plan.decodes))
+        for chain in [c for c in self.running if c.can_prefill]:
+            if budget and chain.can_prefill:  # an earlier one may have taken its pages
+                budget -= self._prefill(chain, budget, plan)
+        held_up = stalled or preemptions < self.num_preemptions or any(c.can_prefill for c in self.running)
+        while self.waiting and budget and not held_up and self.can_admit(self.waiting[0]):
+            budget -= self._prefill(self._admit(plan), budget, plan)
+        plan.lengths = [c.lease.length for c in plan.decodes if c.lease is not None]
+        plan.epochs = [c.epoch for c in plan.decodes]
+        return plan if plan.decodes or plan.chunks else None
+
+    def _decode(self, chain: Chain, plan: Plan) -> bool:
+        if not self._grow(chain, 1, plan):
+            return False
+        chain.total += 1
+        plan.decodes.append(chain)
+        return True
+
+    def _prefill(self, chain: Chain, budget: int, plan: Plan) -> int:
+        """Run the next tokens of a prompt; returns how many. The last ones let the chain and its siblings sample."""
+        assert chain.lease is not None
+        start = chain.lease.length
+        count = min(budget, chain.total - start)
+        if not self._grow(chain, count, plan):
+            return 0
+        chunk = Chunk(chain, chain.epoch, start, count)
+        plan.chunks.append(chunk)
+        if chain.samples and chunk.end == chain.total:
+            self._fork(chain, plan)
+            for sampler in (chain, *chain.siblings):
+                sampler.decoding = True
+                sampler.total += 1
+                chunk.samplers.append((sampler, sampler.epoch))
+            chain.siblings = []
+        return count
+
+    def _fork(self, chain: Chain, plan: Plan) -> None:
+        assert chain.lease is not None
+        for sibling in chain.siblings:
+            sibling.lease = self.table.fork(chain.lease)
+            sibling.step = self._step
+            insort(self.running, sibling, key=_order)
+            plan.grown.append(sibling)
+
+    # -- room
+
+    def _grow(self, chain: Chain, count: int, plan: Plan) -> bool:
+        """Slots for ``count`` more tokens, taken from later chains if need be. False: wait for earlier ones."""
+        lease = chain.lease
+        assert lease is not None
+        chain.step = self._step
+        if count > lease.room:
+            while not self.table.can_append(lease, count):
+                victim = self._latest_after(chain)
+                if victim is None:
+                    chain.step = -1
+                    return False
+                self.preempt(victim)
+            plan.copies += self.table.append(lease, count)
+            plan.grown.append(chain)
+        else:
+            self.table.append(lease, count)
+        return True
+
+    def _latest_after(self, chain: Chain) -> Chain | None:
+        """The latest chain behind this one that is not part of this step and has not drawn its last token."""
+        for other in reversed(self.running):
+            if other is chain:
+                return None
+            if other.step != self._step and (other.can_decode or other.can_prefill):
+                return other
+        return None
+
+    def preempt(self, chain: Chain) -> None:
+        """Take a running chain's pages and seat; it is the first of those that wait, and computes its tokens anew."""
+        self.running.remove(chain)
+        self._give_back(chain)
+        self.waiting.appendleft(chain)
+        self.num_preemptions += 1
+
+    def can_admit(self, chain: Chain) -> bool:
+        """Seats for it and its siblings, pages for all its tokens, and one page left for each running chain."""
+        available = self.table.num_available
+        if len(self._seats) < 1 + len(chain.siblings) or (self.running and available == self._blocked_at):
+            return False
+        needed = self.table.num_new_pages(chain.ids, chain.reuse_limit, chain.salt)
+        fits = needed + len(self.running) <= available
+        self._blocked_at = -1 if fits else available
+        return fits
+
+    def _admit(self, plan: Plan) -> Chain:
+        chain = self.waiting.popleft()
+        chain.lease = self.table.allocate(chain.ids, chain.reuse_limit, chain.salt)
+        self.num_cached_tokens += chain.lease.length
+        if chain.num_cached < 0:
+            chain.num_cached = chain.lease.length
+        for sitting in (chain, *chain.siblings):
+            sitting.seat = self._seats.pop()
+            plan.seated.append(sitting)
+        insort(self.running, chain, key=_order)
+        plan.grown.append(chain)
+        return chain
+
+
+def _order(chain: Chain) -> tuple[int, int]:
+    return chain.order

@@ -1,0 +1,72 @@
+"""Where keys and values live: one store of pages for all layers, on a device or in (pinned) host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from slipstream.kernels import ops
+
+
+class KVPool:
+    """Pages of keys and values.
+
+    k, v: [L, P, Hk, S, D]; head-major inside a page, so that one head's block is one contiguous run. A slot is
+    ``page * S + offset``. Page 0 is the null page: the table never hands it out, padding rows write there. Fresh pages
+    hold zeros, so that whatever a kernel masks away is at least finite.
+
+    Raises ``ValueError`` for sizes that cannot hold a token and for ``pinned`` memory on a CUDA device.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        pinned: bool = False,
+    ) -> None:
+        shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+        if min(shape) < 1 or num_pages < 2:
+            raise ValueError(f"a pool needs sizes >= 1 and a page beside the null page, got [L, P, Hk, S, D] = {shape}")
+        self.device = torch.device(device)
+        if pinned and self.device.type != "cpu":
+            raise ValueError(f"only host memory can be pinned, not {self.device}: use device='cpu' or pinned=False")
+        self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
+        self.k = _zeros(shape, dtype, self.device, pinned)
+        self.v = _zeros(shape, dtype, self.device, pinned)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all keys and values in bytes."""
+        return 2 * self.k.numel() * self.k.element_size()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit beside the null page."""
+        return (self.num_pages - 1) * self.page_size
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages of every layer, source to destination; all sources are read before anything is written.
+
+        Ordered like any other work of the current stream; never blocks the host.
+        """
+        if not pairs:
+            return
+        index = torch.tensor(pairs, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        src, dst = index.to(self.device, non_blocking=True).unbind(1)
+        ops.copy_pages(self.k, src, dst)
+        ops.copy_pages(self.v, src, dst)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:
+    if device.type != "cpu" or pinned:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
+    # numpy takes zeroed memory from the system lazily: a large pool costs nothing until its pages are written.
+    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)

@@ -1,0 +1,43 @@
+"""The pool: layout, copies, sizes; on the CPU, pinned, and (with a GPU) on the device."""
+
+import pytest
+import torch
+
+from slipstream.kvcache.pool import KVPool
+
+DEVICES = [
+    ("cpu", False),
+    pytest.param("cpu", True, marks=pytest.mark.gpu),
+    pytest.param("cuda", False, marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("device, pinned", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_read_everything_before_they_write(device, pinned, dtype):
+    pool = KVPool(2, 6, 3, 4, 8, dtype, device, pinned)
+    assert pool.k.shape == pool.v.shape == (2, 6, 3, 4, 8) and pool.k.is_pinned() == pinned
+    assert not pool.k.any() and not pool.v.any()
+    values = torch.arange(6, dtype=dtype, device=device).view(1, 6, 1, 1, 1)
+    pool.k[:] = values
+    pool.v[:] = -values
+    pool.copy_pages([(1, 2), (2, 3), (5, 4)])
+    expected = [0, 1, 1, 2, 5, 5]
+    assert pool.k[1, :, 2, 3, 7].tolist() == expected
+    assert pool.v[0, :, 0, 0, 0].tolist() == [-x for x in expected]
+    pool.copy_pages([])
+
+
+def test_sizes():
+    pool = KVPool(2, 5, 3, 4, 8, torch.bfloat16)
+    assert pool.bytes == 2 * 2 * 5 * 3 * 4 * 8 * 2
+    assert pool.num_tokens == 16
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="null page"):
+        KVPool(1, 1, 1, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match="sizes"):
+        KVPool(1, 4, 0, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match="pinned"):
+        KVPool(1, 4, 1, 4, 8, torch.float32, "cuda", pinned=True)
