@@ -1,0 +1,198 @@
+"""The composition root: options to model, pool, backend and engine. Knows every room, contains no algorithm.
+
+``Options`` is the one list of what can be set: ``LLM(...)`` takes these as keyword arguments, the command line
+derives its flags from them, and every misspelled name is answered with the nearest valid one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slipstream.attention.backend import AttentionBackend
+from slipstream.attention.dense import DenseBackend, Full
+from slipstream.attention.flashinfer import FlashInferBackend, flashinfer_supports
+from slipstream.engine.engine import Engine, EngineConfig
+from slipstream.kvcache.plan import MemoryPlan, plan_memory
+from slipstream.kvcache.pool import KVPool
+from slipstream.models.checkpoint import locate
+from slipstream.models.decoder import CausalLM
+from slipstream.models.weights import load_model
+from slipstream.text import Codec
+from slipstream.types import ModelSpec, nearest, options, reject_unknown
+
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_MODEL = "slipstream-target"
+ATTENTION: dict[str, type[Full]] = {"full": Full}
+DENSE_KERNELS = ("auto", "flashinfer", "triton", "reference")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@options
+@dataclass(frozen=True)
+class Options:
+    """Everything that can be set when a model is loaded."""
+
+    attention: str | dict[str, Any] | Full = _option(
+        "full", "attention method: a name, a dict with 'method', or a config"
+    )
+    device: str | None = _option(None, "'cuda', 'cuda:1', 'cpu'; default: a GPU where there is one")
+    dtype: str = _option("auto", "'auto' (the config's on a GPU, float32 on CPU), 'float32', 'bfloat16'")
+    max_model_len: int | None = _option(None, "longest request in tokens; default: the model's")
+    kv_memory: int | str | None = _option(None, "memory for keys and values, bytes or '16GiB'; default: what is free")
+    load_format: str = _option("auto", "'auto' reads safetensors; 'dummy' makes random weights of the config")
+    seed: int = _option(0, "seed of dummy weights and of requests that bring none")
+    page_size: int = _option(64, "tokens in one KV page")
+    max_num_seqs: int = _option(64, "most chains decoded together")
+    max_batch_tokens: int = _option(2048, "most tokens in one step; longer prompts are prefilled in chunks")
+    prefix_cache: bool = _option(True, "reuse the KV of prompts that begin alike")
+    overlap: bool | None = _option(None, "launch a step before the tokens of the last are read; default: on a GPU")
+    cuda_graphs: bool = _option(True, "capture decode steps as CUDA graphs")
+    kernels: str = _option("auto", "dense attention by 'flashinfer' (where installed), 'triton', or 'reference' (CPU)")
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "page_size", "max_num_seqs", "max_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.kernels not in DENSE_KERNELS:
+            raise ValueError(f"kernels {self.kernels!r} is unknown; {nearest(self.kernels, DENSE_KERNELS)}")
+
+
+@dataclass
+class Parts:
+    """What :func:`build` made."""
+
+    model: CausalLM
+    spec: ModelSpec
+    memory: MemoryPlan
+    pool: KVPool
+    backend: AttentionBackend
+    engine: Engine
+    codec: Codec | None
+    name: str
+
+
+def embedded_models() -> dict[str, Path]:
+    """The models that ship with the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/config.json"))}
+
+
+def find_model(model: Any) -> Any:
+    """An embedded model's name to its directory; anything else (path, hub id, config) as it is."""
+    if isinstance(model, str):
+        embedded = embedded_models()
+        if model in embedded:
+            return embedded[model]
+        if model.startswith("slipstream-") and not Path(model).exists():
+            raise ValueError(f"no embedded model {model!r}; {nearest(model, embedded)}")
+    return model
+
+
+def parse_attention(attention: Any) -> Full:
+    """A method's name, a dict ``{"method": name, **options}``, or a config object, to a config object."""
+    if isinstance(attention, Full):
+        return attention
+    if isinstance(attention, str):
+        attention = {"method": attention}
+    if not isinstance(attention, Mapping) or not isinstance(attention.get("method"), str):
+        raise ValueError(f"attention must be a name, a dict with 'method', or a config object, got {attention!r}")
+    method = attention["method"]
+    if method not in ATTENTION:
+        raise ValueError(f"attention method {method!r} is unknown; {nearest(method, ATTENTION)}")
+    given = {name: value for name, value in attention.items() if name != "method"}
+    config = ATTENTION[method]
+    reject_unknown(f"attention method {method!r}", given, getattr(config, "__dataclass_fields__", {}))
+    return config(**given)
+
+
+def choose_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:N'") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; use 'cpu', 'cuda' or 'cuda:N'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+    return chosen
+
+
+def make_backend(config: Full, kernels: str, pool: KVPool, spec: ModelSpec, device: torch.device) -> AttentionBackend:
+    """The method of ``config``. Dense: FlashInfer where installed and fit for the shape, else our kernels."""
+    if device.type == "cpu":
+        if kernels in ("flashinfer", "triton"):
+            raise ValueError(f"kernels={kernels!r} needs an NVIDIA GPU; this engine runs on {device}")
+        return DenseBackend(pool, spec)
+    if kernels == "reference":
+        raise ValueError("kernels='reference' looks at the host inside a step and is for device='cpu' only")
+    installed = find_spec("flashinfer") is not None
+    reason = flashinfer_supports(spec) if installed else "FlashInfer is not installed"
+    if kernels == "flashinfer" and reason:
+        raise ValueError(f"kernels='flashinfer' cannot be used: {reason}")
+    if kernels == "triton" or reason:
+        return DenseBackend(pool, spec)
+    return FlashInferBackend(pool, spec)
+
+
+def build(model: Any, chosen: Options) -> Parts:
+    """Everything that decoding needs, wired. A mistake raises ``ValueError`` before anything large is allocated."""
+    config = parse_attention(chosen.attention)
+    device = choose_device(chosen.device)
+    source = find_model(model)
+    if isinstance(source, (str, Path)):
+        source = locate(source, with_weights=chosen.load_format == "auto")
+    network, spec = load_model(
+        source,
+        device=device,
+        dtype=chosen.dtype,
+        load_format=chosen.load_format,
+        max_model_len=chosen.max_model_len,
+        seed=chosen.seed,
+    )
+    codec = Codec.load(source) if isinstance(source, Path) else None
+    engine_config = EngineConfig(
+        max_num_seqs=chosen.max_num_seqs,
+        max_batch_tokens=chosen.max_batch_tokens,
+        overlap=device.type == "cuda" if chosen.overlap is None else chosen.overlap,
+        cuda_graphs=chosen.cuda_graphs,
+        prefix_cache=chosen.prefix_cache,
+        seed=chosen.seed,
+    )
+    memory = plan_memory(
+        spec,
+        page_size=chosen.page_size,
+        kv_memory=chosen.kv_memory,
+        device=device,
+        reserve_bytes=activation_bytes(spec, chosen.max_batch_tokens),
+    )
+    pool = KVPool(
+        spec.num_layers,
+        memory.num_pages,
+        spec.num_kv_heads,
+        memory.page_size,
+        spec.head_dim,
+        dtype=spec.dtype,
+        device=device,
+    )
+    backend = make_backend(config, chosen.kernels, pool, spec, device)
+    engine = Engine(network, spec, pool, backend, engine_config)
+    name = str(model) if isinstance(model, (str, Path)) else spec.architecture
+    return Parts(network, spec, memory, pool, backend, engine, codec, name)
+
+
+def activation_bytes(spec: ModelSpec, max_batch_tokens: int) -> int:
+    """Device memory to leave for a step: some hidden-sized tensors per token, logits of 256 rows, workspaces."""
+    per_token = 16 * max(spec.hidden_size, spec.num_heads * spec.head_dim) * spec.dtype.itemsize
+    logits = 3 * 256 * spec.vocab_size * 4
+    return max_batch_tokens * per_token + logits + (512 << 20)

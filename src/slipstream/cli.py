@@ -1,0 +1,287 @@
+"""The command line. Flags that configure an engine are derived from ``build.Options``: they cannot drift apart."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from slipstream.build import DEFAULT_MODEL, Options, embedded_models
+from slipstream.types import SamplingParams
+
+app = typer.Typer(
+    help="Decode long chains of thought fast, without losing answers.", no_args_is_help=True, add_completion=False
+)
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")]
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add one flag per field of ``Options`` to a command that takes ``engine: dict`` as its last parameter."""
+    own = inspect.signature(command)
+    hints = get_type_hints(command, include_extras=True)
+    parameters = [p.replace(annotation=hints[p.name]) for n, p in own.parameters.items() if n != "engine"]
+    for option in fields(Options):
+        assert option.default is not MISSING
+        kind = {"bool": bool, "int": int, "int | None": int | None, "bool | None": bool | None}.get(
+            str(option.type), str if isinstance(option.default, str) else str | None
+        )
+        flag = typer.Option(help=option.metadata["help"], rich_help_panel="Engine")
+        parameters.append(
+            inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=Annotated[kind, flag]
+            )
+        )
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> Any:
+        engine = {option.name: given.pop(option.name) for option in fields(Options)}
+        return command(**given, engine=engine)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+def load(model: str, engine: dict[str, Any]) -> Any:
+    from slipstream.llm import LLM
+
+    with err.status(f"loading {model}"):
+        llm = LLM(model, **engine)
+    err.print(f"[dim]{llm.name} on {llm.device}: {llm.memory}[/dim]")
+    return llm
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
+    )
+
+
+def read_requests(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines, each with ``prompt`` (text), ``messages`` (chat) or ``prompt_token_ids``."""
+    kinds = ("prompt", "messages", "prompt_token_ids")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(request, dict) or sum(kind in request for kind in kinds) != 1:
+            raise ValueError(f"{path}, line {number}: needs exactly one of {', '.join(kinds)}")
+        yield request
+
+
+@app.command()
+@engine_options
+def generate(
+    engine: dict[str, Any],
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; the answer is streamed.")] = None,
+    model: Model = DEFAULT_MODEL,
+    file: Annotated[Path | None, typer.Option(help="JSON lines of prompts; answers are JSON lines too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the answers of --file go; default: stdout.")] = None,
+    raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the model's chat template.")] = False,
+    n: Annotated[int, typer.Option(help="Chains per prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens per chain; default: up to the model's length.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a chain; may be repeated.")] = None,
+    request_seed: Annotated[int | None, typer.Option(help="Seed of the sampled tokens.")] = None,
+) -> None:
+    """Generate from one PROMPT (streamed), or from a file of prompts."""
+    if (prompt is None) == (file is None):
+        raise ValueError("give either a PROMPT or --file, not both and not neither")
+    params = SamplingParams(
+        n=n, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
+        stop=tuple(stop or ()), seed=request_seed,
+    )  # fmt: skip
+    requests = list(read_requests(file)) if file else []
+    llm = load(model, engine)
+    if prompt is not None:
+        _stream(llm, prompt, params, raw)
+        return
+    _answer_file(llm, requests, params, raw, out)
+
+
+def _stream(llm: Any, prompt: str, params: SamplingParams, raw: bool) -> None:
+    ids = llm.encode(prompt, chat=not raw)
+    if params.n == 1:
+        for chunk in llm.stream(ids, params):
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return
+    for chain in llm.generate(ids, params)[0].outputs:
+        print(f"--- chain {chain.index} ({chain.finish_reason})\n{chain.text}")
+
+
+def _answer_file(llm: Any, requests: list[dict[str, Any]], params: SamplingParams, raw: bool, out: Path | None) -> None:
+    def prompts() -> Iterator[tuple[int, list[int], SamplingParams]]:
+        for i, request in enumerate(requests):
+            if "prompt_token_ids" in request:
+                ids = request["prompt_token_ids"]
+            elif "messages" in request:
+                ids = llm.codec.chat(request["messages"])
+            else:
+                ids = llm.encode(request["prompt"], chat=not raw)
+            yield i, ids, params
+
+    sink = out.open("w", encoding="utf-8") if out else sys.stdout
+    try:
+        with progress_bar() as bar:
+            task = bar.add_task("prompts", total=len(requests))
+            for i, output in llm.as_completed(prompts()):
+                chains = [
+                    {"text": c.text, "finish_reason": c.finish_reason, "num_tokens": len(c.token_ids)}
+                    for c in output.outputs
+                ]
+                sink.write(json.dumps({"index": i, "outputs": chains}) + "\n")
+                sink.flush()
+                bar.advance(task)
+    finally:
+        if out:
+            sink.close()
+
+
+@app.command("eval")
+@engine_options
+def evaluate(
+    engine: dict[str, Any],
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated, e.g. needle_single,program:steps=50")
+    ] = "program:steps=50",
+    model: Model = DEFAULT_MODEL,
+    length: Annotated[int | None, typer.Option(help="Prompt length in tokens of the tasks that have one.")] = None,
+    samples: Annotated[int, typer.Option(help="Problems per task.")] = 100,
+    n: Annotated[int, typer.Option(help="Chains per problem (temperature > 0), for pass@n.")] = 1,
+    temperature: float = 0.0,
+    problem_seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
+    log: Annotated[Path | None, typer.Option(help="JSON lines of answers; an interrupted run goes on from it.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")] = None,
+) -> None:
+    """Accuracy of a model on tasks whose answers can be checked. Resumable with --log."""
+    from slipstream import evaluation
+
+    cells = [evaluation.parse_cell(text, length, samples) for text in tasks.split(",") if text.strip()]
+    params = SamplingParams(n=n, temperature=temperature, max_tokens=None, seed=0 if n > 1 else None)
+    if log is None and json_out is not None:
+        log = json_out.with_suffix(".jsonl")
+    llm = load(model, engine)
+    with progress_bar() as bar:
+        task = bar.add_task("problems", total=sum(cell.samples for cell in cells))
+        answers = evaluation.run(
+            llm, cells, params=params, seed=problem_seed, log=log,
+            progress=lambda done, total, cell: bar.update(task, completed=done, description=cell),
+        )  # fmt: skip
+    rows = evaluation.summary(answers)
+    print_table("accuracy", rows)
+    result = {"model": llm.name, "attention": str(engine["attention"]), "rows": rows, "stats": llm.stats()}
+    line = json.dumps(result, default=str)
+    if json_out:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_column(name, justify="left" if name in ("cell", "name", "path") else "right")
+    for row in rows:
+        values = [row.get(name, "") for name in names]
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else f"{v}" for v in values))
+    err.print(table)
+
+
+@bench.command("decode")
+@engine_options
+def bench_decode(
+    engine: dict[str, Any],
+    model: Model = DEFAULT_MODEL,
+    batch: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,8",
+    context: Annotated[str, typer.Option(help="Comma-separated context lengths.")] = "512,2048",
+    steps: Annotated[int, typer.Option(help="Decode steps timed at each point.")] = 64,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+) -> None:
+    """Time per output token over batch sizes and context lengths, with random prompts."""
+    from slipstream.benchmark import decode_grid
+
+    llm = load(model, engine)
+    rows = decode_grid(llm, _numbers(batch, "batch"), _numbers(context, "context"), steps)
+    print_table("decode", rows)
+    line = json.dumps({"benchmark": "decode", "model": llm.name, "device": str(llm.device), "points": rows})
+    if json_out:
+        json_out.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--{flag} takes comma-separated numbers, got {text!r}") from error
+    if min(numbers) < 1:
+        raise ValueError(f"--{flag} takes positive numbers, got {text!r}")
+    return numbers
+
+
+@app.command()
+def models() -> None:
+    """The models that ship with the package."""
+    rows = []
+    for name, path in embedded_models().items():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        rows.append(
+            {
+                "name": name,
+                "architecture": config["architectures"][0],
+                "layers": config["num_hidden_layers"],
+                "hidden": config["hidden_size"],
+                "parameters (M)": round(size / 2e6, 1),
+                "path": str(path),
+            }
+        )
+    print_table("embedded models", rows)
+
+
+@app.command()
+def demo(
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    samples: Annotated[int, typer.Option(help="Problems per task.")] = 8,
+) -> None:
+    """The embedded model thinks aloud, then solves a batch; ends with a table, a picture and one JSON line."""
+    from slipstream.demo import run_demo
+
+    run_demo(picture, samples, err)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError) as error:
+        err.print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise SystemExit(130) from None

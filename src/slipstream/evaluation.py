@@ -1,0 +1,210 @@
+"""Tasks through a model: accuracy by task, resumable, with the timings that go with it.
+
+Every finished problem is one line of a JSON-lines file, written when it is done, so that an interrupted run goes on
+where it stopped. A line is reused only if it came from the same question to the same settings (its ``key``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slipstream import tasks
+from slipstream.llm import LLM
+from slipstream.types import RequestOutput, SamplingParams, nearest
+
+LENGTH_TASKS = ("needle", "variable_tracking", "common_words", "frequent_words", "program_spread")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of an evaluation: a task with its parameters, and how many problems of it."""
+
+    task: str
+    parameters: tuple[tuple[str, Any], ...] = ()
+    samples: int = 100
+
+    def __post_init__(self) -> None:
+        if self.task not in tasks.TASKS:
+            raise ValueError(f"unknown task {self.task!r}; {nearest(self.task, tasks.TASKS)}")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.task, *(f"{k}={v}" for k, v in self.parameters)])
+
+    def problem(self, index: int, seed: int) -> tasks.Problem:
+        return tasks.make(self.task, seed * 1_000_003 + index, **dict(self.parameters))
+
+
+@dataclass
+class Answer:
+    """What came of one problem. ``correct``: one entry per sampled chain."""
+
+    key: str
+    cell: str
+    index: int
+    correct: list[bool]
+    finish: list[str]
+    prompt_tokens: int
+    output_tokens: int
+    ttft_s: float | None
+    tpot_s: float | None
+    texts: list[str] = field(default_factory=list)
+
+
+def parse_cell(text: str, length: int | None, samples: int) -> Cell:
+    """``"program:steps=50"`` to a :class:`Cell`; ``length`` becomes ``num_tokens`` of the tasks that have a length."""
+    name, _, rest = text.strip().partition(":")
+    parameters: dict[str, Any] = {}
+    if length is not None and name.startswith(LENGTH_TASKS):
+        parameters["num_tokens"] = length
+    for part in filter(None, rest.split(":")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read {part!r} in {text!r}: write task:parameter=value, e.g. program:steps=50")
+        try:
+            parameters[key] = int(value)
+        except ValueError:
+            parameters[key] = value
+    return Cell(name, tuple(parameters.items()), samples)
+
+
+def prompt_ids(llm: LLM, problem: tasks.Problem) -> list[int]:
+    """The problem as one user turn of the model's chat."""
+    return llm.codec.chat([{"role": "user", "content": problem.prompt}])
+
+
+def run(
+    llm: LLM,
+    cells: Sequence[Cell],
+    *,
+    params: SamplingParams | None = None,
+    seed: int = 0,
+    log: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    keep_text: bool = False,
+) -> list[Answer]:
+    """Answers of every problem of every cell, in order. With ``log``, what is already there is not computed again.
+
+    progress(done, total, cell) is called after every problem. Ctrl-C ends the run; the log keeps what was done.
+    """
+    params = params or SamplingParams(temperature=0.0, max_tokens=None)
+    done = {a.key: a for a in read_log(log)} if log else {}
+    work = [(cell, index) for cell in cells for index in range(cell.samples)]
+    keys = [_key(llm, cell, index, seed, params) for cell, index in work]
+    todo = [i for i, key in enumerate(keys) if key not in done]
+    total, finished = len(work), len(work) - len(todo)
+    if progress and finished:
+        progress(finished, total, "resumed")
+    for i, problem, output in _outputs(llm, work, todo, params, seed):
+        answer = _judge(keys[i], work[i], problem, output, keep_text)
+        done[keys[i]] = answer
+        if log:
+            _append(log, answer)
+        finished += 1
+        if progress:
+            progress(finished, total, work[i][0].name)
+    return [done[key] for key in keys]
+
+
+def _outputs(
+    llm: LLM, work: Sequence[tuple[Cell, int]], todo: Iterable[int], params: SamplingParams, seed: int
+) -> Iterator[tuple[int, tasks.Problem, RequestOutput]]:
+    """Problems are made as the engine asks for them, and handed back as they finish."""
+    problems: dict[int, tasks.Problem] = {}
+
+    def prompts() -> Iterator[tuple[int, list[int], SamplingParams]]:
+        for i in todo:
+            cell, index = work[i]
+            problems[i] = cell.problem(index, seed)
+            yield i, prompt_ids(llm, problems[i]), params
+
+    for i, output in llm.as_completed(prompts()):
+        yield i, problems.pop(i), output
+
+
+def _judge(key: str, work: tuple[Cell, int], problem: tasks.Problem, output: RequestOutput, keep_text: bool) -> Answer:
+    metrics = output.metrics
+    return Answer(
+        key=key,
+        cell=work[0].name,
+        index=work[1],
+        correct=[tasks.verify(problem, chain.text) for chain in output.outputs],
+        finish=[str(chain.finish_reason) for chain in output.outputs],
+        prompt_tokens=len(output.prompt_token_ids),
+        output_tokens=sum(len(chain.token_ids) for chain in output.outputs),
+        ttft_s=metrics.ttft_s if metrics else None,
+        tpot_s=metrics.tpot_s if metrics else None,
+        texts=[chain.text for chain in output.outputs] if keep_text else [],
+    )
+
+
+def _key(llm: LLM, cell: Cell, index: int, seed: int, params: SamplingParams) -> str:
+    """Names one question to one model under one setting; a later run with the same key may reuse the answer."""
+    facts = [llm.name, llm.fingerprint, cell.task, sorted(cell.parameters), index, seed, asdict(params)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _append(log: Path, answer: Answer) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(answer)) + "\n")
+
+
+def read_log(log: Path) -> list[Answer]:
+    """The answers of a log. A last line cut off by an interruption is dropped; any other bad line is an error."""
+    if not log.exists():
+        return []
+    lines = log.read_text(encoding="utf-8").split("\n")
+    answers = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            answers.append(Answer(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):  # no newline after it: the write was interrupted
+                log.write_text("".join(good + "\n" for good in lines[:-1] if good), encoding="utf-8")
+                break
+            raise ValueError(f"{log}, line {number}: not an answer of an evaluation ({error})") from error
+    return answers
+
+
+def summary(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """One row per cell: accuracy (mean over chains), pass@k, standard error, tokens, TTFT and TPOT in ms."""
+    rows = []
+    for cell in dict.fromkeys(a.cell for a in answers):
+        group = [a for a in answers if a.cell == cell]
+        shares = [sum(a.correct) / len(a.correct) for a in group]
+        row: dict[str, Any] = {
+            "cell": cell,
+            "problems": len(group),
+            "accuracy": statistics.fmean(shares),
+            "stderr": statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0,
+            "cut_off": sum(reason == "length" for a in group for reason in a.finish),
+            "prompt_tokens": round(statistics.fmean(a.prompt_tokens for a in group)),
+            "output_tokens": round(statistics.fmean(a.output_tokens for a in group)),
+        }
+        chains = max(len(a.correct) for a in group)
+        if chains > 1:
+            row[f"pass@{chains}"] = statistics.fmean(any(a.correct) for a in group)
+        rows.append(row | timings(group))
+    return rows
+
+
+def timings(answers: Sequence[Answer]) -> dict[str, float]:
+    """Percentiles in milliseconds over the answers that have them."""
+    found = {}
+    for name in ("ttft_s", "tpot_s"):
+        values = sorted(v for a in answers if (v := getattr(a, name)) is not None)
+        for label, share in (("p50", 0.5), ("p99", 0.99)):
+            if values:
+                found[f"{name.removesuffix('_s')}_{label}_ms"] = 1e3 * values[round(share * (len(values) - 1))]
+    return found
