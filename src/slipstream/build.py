@@ -18,7 +18,7 @@ from slipstream.attention.backend import AttentionBackend
 from slipstream.attention.dense import DenseBackend, Full
 from slipstream.attention.flashinfer import FlashInferBackend, flashinfer_supports
 from slipstream.engine.engine import Engine, EngineConfig
-from slipstream.kvcache.plan import MemoryPlan, plan_memory
+from slipstream.kvcache.plan import MemoryPlan, parse_bytes, plan_memory
 from slipstream.kvcache.pool import KVPool
 from slipstream.models.checkpoint import locate
 from slipstream.models.decoder import CausalLM
@@ -65,6 +65,8 @@ class Options:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.kernels not in DENSE_KERNELS:
             raise ValueError(f"kernels {self.kernels!r} is unknown; {nearest(self.kernels, DENSE_KERNELS)}")
+        if self.kv_memory is not None:
+            parse_bytes(self.kv_memory)
 
 
 @dataclass
@@ -92,8 +94,11 @@ def find_model(model: Any) -> Any:
         embedded = embedded_models()
         if model in embedded:
             return embedded[model]
-        if model.startswith("slipstream-") and not Path(model).exists():
-            raise ValueError(f"no embedded model {model!r}; {nearest(model, embedded)}")
+        if "/" not in model and not Path(model).exists():
+            raise ValueError(
+                f"no embedded model and no directory {model!r}; {nearest(model, embedded)} "
+                "(a hub id looks like 'Qwen/Qwen3-8B')"
+            )
     return model
 
 
@@ -128,14 +133,18 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """``ValueError`` for kernels that are not for this kind of device."""
+    if device.type == "cpu" and kernels in ("flashinfer", "triton"):
+        raise ValueError(f"kernels={kernels!r} needs an NVIDIA GPU; this engine runs on {device}")
+    if device.type != "cpu" and kernels == "reference":
+        raise ValueError("kernels='reference' looks at the host inside a step and is for device='cpu' only")
+
+
 def make_backend(config: Full, kernels: str, pool: KVPool, spec: ModelSpec, device: torch.device) -> AttentionBackend:
     """The method of ``config``. Dense: FlashInfer where installed and fit for the shape, else our kernels."""
     if device.type == "cpu":
-        if kernels in ("flashinfer", "triton"):
-            raise ValueError(f"kernels={kernels!r} needs an NVIDIA GPU; this engine runs on {device}")
         return DenseBackend(pool, spec)
-    if kernels == "reference":
-        raise ValueError("kernels='reference' looks at the host inside a step and is for device='cpu' only")
     installed = find_spec("flashinfer") is not None
     reason = flashinfer_supports(spec) if installed else "FlashInfer is not installed"
     if kernels == "flashinfer" and reason:
@@ -149,6 +158,7 @@ def build(model: Any, chosen: Options) -> Parts:
     """Everything that decoding needs, wired. A mistake raises ``ValueError`` before anything large is allocated."""
     config = parse_attention(chosen.attention)
     device = choose_device(chosen.device)
+    check_kernels(chosen.kernels, device)
     source = find_model(model)
     if isinstance(source, (str, Path)):
         source = locate(source, with_weights=chosen.load_format == "auto")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -59,9 +60,9 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def load(model: str, engine: dict[str, Any]) -> Any:
     from slipstream.llm import LLM
 
-    with err.status(f"loading {model}"):
+    with err.status(f"loading {escape(model)}"):
         llm = LLM(model, **engine)
-    err.print(f"[dim]{llm.name} on {llm.device}: {llm.memory}[/dim]")
+    err.print(f"[dim]{escape(llm.name)} on {llm.device}: {llm.memory}[/dim]")
     return llm
 
 
@@ -71,9 +72,9 @@ def progress_bar() -> Progress:
     )
 
 
-def read_requests(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines, each with ``prompt`` (text), ``messages`` (chat) or ``prompt_token_ids``."""
-    kinds = ("prompt", "messages", "prompt_token_ids")
+def read_requests(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """JSON lines with their numbers, each with ``prompt`` (text), ``messages`` (chat) or ``prompt_token_ids``."""
+    kinds = {"prompt": str, "messages": list, "prompt_token_ids": list}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -81,9 +82,12 @@ def read_requests(path: Path) -> Iterator[dict[str, Any]]:
             request = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(request, dict) or sum(kind in request for kind in kinds) != 1:
-            raise ValueError(f"{path}, line {number}: needs exactly one of {', '.join(kinds)}")
-        yield request
+        found = [kind for kind in kinds if kind in request] if isinstance(request, dict) else []
+        if len(found) != 1:
+            raise ValueError(f"{path}, line {number}: needs an object with exactly one of {', '.join(kinds)}")
+        if not isinstance(request[found[0]], kinds[found[0]]):
+            raise ValueError(f"{path}, line {number}: {found[0]} must be a {kinds[found[0]].__name__}")
+        yield number, request
 
 
 @app.command()
@@ -97,9 +101,9 @@ def generate(
     raw: Annotated[bool, typer.Option(help="Give the prompt as it is, without the model's chat template.")] = False,
     n: Annotated[int, typer.Option(help="Chains per prompt.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the best one.")] = 0.0,
     max_tokens: Annotated[
         int | None, typer.Option(help="Most tokens per chain; default: up to the model's length.")
     ] = None,
@@ -109,16 +113,17 @@ def generate(
     """Generate from one PROMPT (streamed), or from a file of prompts."""
     if (prompt is None) == (file is None):
         raise ValueError("give either a PROMPT or --file, not both and not neither")
+    if out is not None and file is None:
+        raise ValueError("--out is where the answers of --file go; a PROMPT is answered on stdout")
     params = SamplingParams(
         n=n, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
         stop=tuple(stop or ()), seed=request_seed,
     )  # fmt: skip
-    requests = list(read_requests(file)) if file else []
-    llm = load(model, engine)
-    if prompt is not None:
-        _stream(llm, prompt, params, raw)
-        return
-    _answer_file(llm, requests, params, raw, out)
+    if file is not None:
+        requests = list(read_requests(file))
+        _answer_file(load(model, engine), file, requests, params, raw, out)
+    elif prompt is not None:
+        _stream(load(model, engine), prompt, params, raw)
 
 
 def _stream(llm: Any, prompt: str, params: SamplingParams, raw: bool) -> None:
@@ -133,25 +138,39 @@ def _stream(llm: Any, prompt: str, params: SamplingParams, raw: bool) -> None:
         print(f"--- chain {chain.index} ({chain.finish_reason})\n{chain.text}")
 
 
-def _answer_file(llm: Any, requests: list[dict[str, Any]], params: SamplingParams, raw: bool, out: Path | None) -> None:
-    def prompts() -> Iterator[tuple[int, list[int], SamplingParams]]:
-        for i, request in enumerate(requests):
+def _answer_file(
+    llm: Any,
+    file: Path,
+    requests: list[tuple[int, dict[str, Any]]],
+    params: SamplingParams,
+    raw: bool,
+    out: Path | None,
+) -> None:
+    def ids_of(number: int, request: dict[str, Any]) -> list[int]:
+        try:
             if "prompt_token_ids" in request:
                 ids = request["prompt_token_ids"]
             elif "messages" in request:
                 ids = llm.codec.chat(request["messages"])
             else:
                 ids = llm.encode(request["prompt"], chat=not raw)
-            yield i, ids, params
+            return llm.check(ids, params).prompt_ids
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
 
+    def prompts() -> Iterator[tuple[int, list[int], SamplingParams]]:
+        for i, (number, request) in enumerate(requests):
+            yield i, ids_of(number, request), params
+
+    for number, request in requests:  # a bad line is found before any work
+        ids_of(number, request)
     sink = out.open("w", encoding="utf-8") if out else sys.stdout
     try:
         with progress_bar() as bar:
             task = bar.add_task("prompts", total=len(requests))
             for i, output in llm.as_completed(prompts()):
                 chains = [
-                    {"text": c.text, "finish_reason": c.finish_reason, "num_tokens": len(c.token_ids)}
-                    for c in output.outputs
+                    {"text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason} for c in output.outputs
                 ]
                 sink.write(json.dumps({"index": i, "outputs": chains}) + "\n")
                 sink.flush()
@@ -172,7 +191,7 @@ def evaluate(
     length: Annotated[int | None, typer.Option(help="Prompt length in tokens of the tasks that have one.")] = None,
     samples: Annotated[int, typer.Option(help="Problems per task.")] = 100,
     n: Annotated[int, typer.Option(help="Chains per problem (temperature > 0), for pass@n.")] = 1,
-    temperature: float = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     problem_seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
     log: Annotated[Path | None, typer.Option(help="JSON lines of answers; an interrupted run goes on from it.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")] = None,
@@ -181,16 +200,25 @@ def evaluate(
     from slipstream import evaluation
 
     cells = [evaluation.parse_cell(text, length, samples) for text in tasks.split(",") if text.strip()]
-    params = SamplingParams(n=n, temperature=temperature, max_tokens=None, seed=0 if n > 1 else None)
+    if not cells:
+        raise ValueError("--tasks names no task, e.g. program:steps=50")
+    params = SamplingParams(n=n, temperature=temperature, max_tokens=None, seed=0)
+    if n > 1 and temperature == 0:
+        raise ValueError(f"--n {n} at temperature 0 gives {n} equal chains: set --temperature, e.g. 0.8")
     if log is None and json_out is not None:
         log = json_out.with_suffix(".jsonl")
     llm = load(model, engine)
-    with progress_bar() as bar:
-        task = bar.add_task("problems", total=sum(cell.samples for cell in cells))
-        answers = evaluation.run(
-            llm, cells, params=params, seed=problem_seed, log=log,
-            progress=lambda done, total, cell: bar.update(task, completed=done, description=cell),
-        )  # fmt: skip
+    try:
+        with progress_bar() as bar:
+            task = bar.add_task("problems", total=sum(cell.samples for cell in cells))
+            answers = evaluation.run(
+                llm, cells, params=params, seed=problem_seed, log=log,
+                progress=lambda done, total, cell: bar.update(task, completed=done, description=cell),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = f"{log} keeps what was done, the same command goes on from it" if log else "nothing was kept (no --log)"
+        err.print(f"interrupted: {escape(kept)}", soft_wrap=True, highlight=False)
+        raise
     rows = evaluation.summary(answers)
     print_table("accuracy", rows)
     result = {"model": llm.name, "attention": str(engine["attention"]), "rows": rows, "stats": llm.stats()}
@@ -208,7 +236,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if name in ("cell", "name", "path") else "right")
     for row in rows:
         values = [row.get(name, "") for name in names]
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else f"{v}" for v in values))
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else escape(f"{v}") for v in values))
     err.print(table)
 
 
@@ -219,7 +247,7 @@ def bench_decode(
     model: Model = DEFAULT_MODEL,
     batch: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,8",
     context: Annotated[str, typer.Option(help="Comma-separated context lengths.")] = "512,2048",
-    steps: Annotated[int, typer.Option(help="Decode steps timed at each point.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps timed at each point.")] = 64,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
 ) -> None:
     """Time per output token over batch sizes and context lengths, with random prompts."""
@@ -230,6 +258,7 @@ def bench_decode(
     print_table("decode", rows)
     line = json.dumps({"benchmark": "decode", "model": llm.name, "device": str(llm.device), "points": rows})
     if json_out:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(line + "\n", encoding="utf-8")
     print(line)
 
@@ -247,21 +276,13 @@ def _numbers(text: str, flag: str) -> list[int]:
 @app.command()
 def models() -> None:
     """The models that ship with the package."""
-    rows = []
     for name, path in embedded_models().items():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        rows.append(
-            {
-                "name": name,
-                "architecture": config["architectures"][0],
-                "layers": config["num_hidden_layers"],
-                "hidden": config["hidden_size"],
-                "parameters (M)": round(size / 2e6, 1),
-                "path": str(path),
-            }
+        millions = sum(file.stat().st_size for file in path.glob("*.safetensors")) / 2e6  # bfloat16
+        print(
+            f"{name}: {config['architectures'][0]}, {millions:.1f} M parameters, {config['num_hidden_layers']} layers, "
+            f"hidden size {config['hidden_size']}\n    {path}"
         )
-    print_table("embedded models", rows)
 
 
 @app.command()
@@ -280,7 +301,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (ValueError, OSError) as error:
-        err.print(f"[red]error:[/red] {error}", highlight=False)
+        err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         err.print("interrupted")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slipstream import tasks
 from slipstream.llm import LLM
 from slipstream.types import RequestOutput, SamplingParams, nearest
 
+_LINE_START = b'{"key": "'
 LENGTH_TASKS = ("needle", "variable_tracking", "common_words", "frequent_words", "program_spread")
 
 
@@ -34,6 +36,10 @@ class Cell:
             raise ValueError(f"unknown task {self.task!r}; {nearest(self.task, tasks.TASKS)}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
+        known = tasks.parameters_of(self.task)
+        for name, _ in self.parameters:
+            if name not in known:
+                raise ValueError(f"task {self.task!r} has no parameter {name!r}; {nearest(name, known)}")
 
     @property
     def name(self) -> str:
@@ -69,11 +75,17 @@ def parse_cell(text: str, length: int | None, samples: int) -> Cell:
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"cannot read {part!r} in {text!r}: write task:parameter=value, e.g. program:steps=50")
-        try:
-            parameters[key] = int(value)
-        except ValueError:
-            parameters[key] = value
+        parameters[key] = _value(value)
     return Cell(name, tuple(parameters.items()), samples)
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def prompt_ids(llm: LLM, problem: tasks.Problem) -> list[int]:
@@ -93,6 +105,7 @@ def run(
 ) -> list[Answer]:
     """Answers of every problem of every cell, in order. With ``log``, what is already there is not computed again.
 
+    params.seed, where given, is the first of the seeds: no two chains of a cell share one.
     progress(done, total, cell) is called after every problem. Ctrl-C ends the run; the log keeps what was done.
     """
     params = params or SamplingParams(temperature=0.0, max_tokens=None)
@@ -124,7 +137,8 @@ def _outputs(
         for i in todo:
             cell, index = work[i]
             problems[i] = cell.problem(index, seed)
-            yield i, prompt_ids(llm, problems[i]), params
+            own = params if params.seed is None else replace(params, seed=params.seed + index * params.n)
+            yield i, prompt_ids(llm, problems[i]), own
 
     for i, output in llm.as_completed(prompts()):
         yield i, problems.pop(i), output
@@ -162,18 +176,17 @@ def read_log(log: Path) -> list[Answer]:
     """The answers of a log. A last line cut off by an interruption is dropped; any other bad line is an error."""
     if not log.exists():
         return []
-    lines = log.read_text(encoding="utf-8").split("\n")
+    *lines, cut = log.read_bytes().split(b"\n")
     answers = []
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
         try:
             answers.append(Answer(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            if number == len(lines):  # no newline after it: the write was interrupted
-                log.write_text("".join(good + "\n" for good in lines[:-1] if good), encoding="utf-8")
-                break
             raise ValueError(f"{log}, line {number}: not an answer of an evaluation ({error})") from error
+    if cut:  # no newline after it: the write was interrupted
+        if not cut.startswith(_LINE_START[: len(cut)]):
+            raise ValueError(f"{log}, line {len(lines) + 1}: not an answer of an evaluation")
+        os.truncate(log, log.stat().st_size - len(cut))
     return answers
 
 

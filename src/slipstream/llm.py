@@ -6,12 +6,14 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
 
-from slipstream.build import DEFAULT_MODEL, Options, build
+from slipstream.build import DEFAULT_MODEL, Options, build, parse_attention
 from slipstream.engine.asynchronous import AsyncEngine
 from slipstream.engine.request import Event, Request, StopCheck
 from slipstream.text import Codec, GrowingText, StopText
@@ -22,6 +24,7 @@ from slipstream.types import (
     Logprob,
     RequestOutput,
     SamplingParams,
+    reject_unknown,
 )
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -56,6 +59,7 @@ class LLM:
     """
 
     def __init__(self, model: Any = DEFAULT_MODEL, **options: Any) -> None:
+        reject_unknown("LLM", options, ["model", *(option.name for option in fields(Options))])
         self.options = Options(**options)
         parts = build(model, self.options)
         self.name, self.spec, self.memory = parts.name, parts.spec, parts.memory
@@ -75,13 +79,13 @@ class LLM:
     def codec(self) -> Codec:
         """The tokenizer's face. Raises ``ValueError`` for a model that has none."""
         if self._codec is None:
-            raise ValueError(f"{self.name} has no tokenizer: give prompts as token ids")
+            raise ValueError(f"{self.name} has no tokenizer: give prompts as token ids, stop_token_ids instead of stop")
         return self._codec
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names the weights, their precision and the attention method: equal settings, equal fingerprint."""
-        digest = hashlib.sha256(f"{self.spec} {self.options.attention}".encode())
+        digest = hashlib.sha256(f"{self.spec} {parse_attention(self.options.attention)}".encode())
         for tensor in (self.model.embedding, self.model.layers[-1].down.dense_weight()):
             digest.update(tensor[:8].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -98,16 +102,23 @@ class LLM:
             return self.codec.chat([{"role": "user", "content": prompt}])
         return self.codec.encode(prompt)
 
-    def _ids(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
-        if isinstance(prompt, str):
-            return prompt, self.codec.encode(prompt)
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), prompt["prompt_token_ids"]
-            if isinstance(prompt.get("prompt"), str):
-                return self._ids(prompt["prompt"])
-            raise ValueError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids'")
-        return None, prompt
+                return prompt["prompt_token_ids"]
+            prompt = prompt.get("prompt", ())
+            if not isinstance(prompt, str):
+                raise ValueError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids'")
+        return self.codec.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """The request that a prompt makes. Raises ``ValueError``, before any work, when it cannot be served."""
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
+        request = self._request(self._ids(prompt), params)
+        self.engine.check(request)
+        return request
 
     # -- generation
 
@@ -128,15 +139,14 @@ class LLM:
             raise ValueError(f"{len(listed)} prompts but {len(each)} sampling params")
         work = []
         for index, (prompt, own) in enumerate(zip(listed, each, strict=True)):
-            text, ids = self._ids(prompt)
             try:
-                self.engine.check(Request(ids, own))
+                request = self.check(prompt, own)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}" if len(listed) > 1 else str(error)) from None
-            work.append(((index, text), ids, own))
+            work.append((index, request.prompt_ids, own))
         outputs: dict[int, RequestOutput] = {}
-        for (index, text), output in self.as_completed(work):
-            outputs[index] = replace(output, prompt=text)
+        for index, output in self.as_completed(work):
+            outputs[index] = replace(output, prompt=_text_of(listed[index]))
         return [outputs[index] for index in range(len(listed))]
 
     def chat(
@@ -161,9 +171,14 @@ class LLM:
         return request.scores
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextChunk]:
-        """Text as it comes, chains interleaved. Leaving the loop early cancels the request and frees its pages."""
-        params = params or SamplingParams()
-        request = self._submit(self._request(self._ids(prompt)[1], params), keep_news=True)
+        """Text as it comes, chains interleaved. Leaving the loop early cancels the request and frees its pages.
+
+        A bad request raises ``ValueError`` here, a good one starts with the loop.
+        """
+        return self._chunks(self.check(prompt, params))
+
+    def _chunks(self, request: Request) -> Iterator[TextChunk]:
+        params = self._submit(request, keep_news=True).params
         texts = [StopText(self._codec, params.stop) if self._codec else None for _ in range(params.n)]
         try:
             finished = False
@@ -213,7 +228,8 @@ class LLM:
     def asynchronous(self) -> AsyncEngine:
         """The ``Generator`` face over the same engine, on a thread of its own, which alone drives it from then on."""
         if self._asynchronous is None:
-            assert not self._inbox, "finish the synchronous calls first"
+            if self._inbox:
+                raise RuntimeError("a stream or as_completed loop of this LLM is not over: finish or close it first")
             self._asynchronous = AsyncEngine(self.engine, self._stop_check)
         return self._asynchronous
 
@@ -329,4 +345,9 @@ def _is_single(prompts: Any) -> bool:
     """Text, a dict or a flat list of ids is one prompt; an empty list is no prompt at all."""
     if isinstance(prompts, (str, Mapping)):
         return True
-    return len(prompts) > 0 and isinstance(prompts[0], int)
+    return len(prompts) > 0 and isinstance(prompts[0], Integral)
+
+
+def _text_of(prompt: Prompt) -> str | None:
+    """The text of a prompt that came with one."""
+    return prompt.get("prompt") if isinstance(prompt, Mapping) else prompt if isinstance(prompt, str) else None

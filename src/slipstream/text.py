@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 HALF_CHARACTER = "\ufffd"  # what a decoder writes where a UTF-8 character is not complete yet
 
 
@@ -46,9 +48,15 @@ class Codec:
         """Token ids of a conversation by the model's own template (transformers renders it in Jinja's sandbox)."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("this model's tokenizer has no chat template; use generate() with a plain prompt")
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template cannot take these messages ({error}); "
+                "give a list of {'role': ..., 'content': ...}"
+            ) from error
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 

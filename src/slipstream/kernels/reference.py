@@ -121,7 +121,7 @@ def decode_attention(
             k, v = _gather(k_pages, rows[b], length), _gather(v_pages, rows[b], length)
             # The heads of one group are the query rows of their KV head: no head is repeated in memory.
             group = q[b].reshape(1, num_kv, -1, dim)
-            out[b] = F.scaled_dot_product_attention(group, k[None], v[None], scale=scale).view(-1, dim)
+            out[b] = F.scaled_dot_product_attention(group, k[None], v[None], scale=scale).reshape(-1, dim)
     return out
 
 
