@@ -23,7 +23,9 @@ from slipstream import LLM, SamplingParams
 from slipstream.benchmark import decode_times, random_prompts
 
 BAR = 1.10
-TOLERANCE_NATS = 0.1
+# Decode and prefill sum in another order. On a CPU the same comparison (36 and 64 layers, random weights) differs by
+# 2e-5 nats in fp32 and by 0.12 and 0.21 in bf16: that is rounding. A wrong row of KV would differ by whole nats.
+TOLERANCE_NATS = 0.5
 
 
 def linear_floor(llm: LLM, batch: int) -> Timing:

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"build", "llm", "types", "evaluation", "benchmark", "demo", "tasks"},
     "server": {"build", "llm", "types"},
     "__init__": {"*"},
+    "__main__": {"cli"},
 }
 NEVER_BELOW_BUILD = {"build", "llm", "cli", "server", "evaluation", "demo", "__init__"}
 

@@ -41,10 +41,6 @@ def needles(length: int) -> Cell:
     return Cell(f"needles_{length}", tuple((kind, {"num_tokens": length - 100}) for kind in kinds))
 
 
-def _spread(length: int, steps: int) -> Cell:
-    return cell(f"spread_{length}_{steps}", "program_spread", steps=steps, num_tokens=length)
-
-
 BARS = {  # the bars on the target
     "needles_1024": 0.95,
     "needles_2048": 0.95,

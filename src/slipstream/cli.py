@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -62,7 +63,7 @@ def load(model: str, engine: dict[str, Any]) -> Any:
 
     with err.status(f"loading {escape(model)}"):
         llm = LLM(model, **engine)
-    err.print(f"[dim]{escape(llm.name)} on {llm.device}: {llm.memory}[/dim]")
+    err.print(f"[dim]{escape(llm.name)} on {llm.device}: {llm.memory}[/dim]", soft_wrap=True)
     return llm
 
 
@@ -230,13 +231,19 @@ def evaluate(
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        table.add_column(name, justify="left" if name in ("cell", "name", "path") else "right")
-    for row in rows:
-        values = [row.get(name, "") for name in names]
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else escape(f"{v}") for v in values))
+    """A dozen columns have to fit a terminal of 80: names break at underscores, and nothing is cut off."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    columns = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name, "") for row in rows]
+        columns.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in values])
+        if name == "cell":
+            longest = max(len(word) for text in columns[-1] for word in text.split())
+            table.add_column(name, width=longest if err.width < 120 else None)
+        else:
+            table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
+    for cells in zip(*columns, strict=True):
+        table.add_row(*map(escape, cells))
     err.print(table)
 
 
@@ -253,8 +260,9 @@ def bench_decode(
     """Time per output token over batch sizes and context lengths, with random prompts."""
     from slipstream.benchmark import decode_grid
 
+    batches, contexts = _numbers(batch, "batch"), _numbers(context, "context")
     llm = load(model, engine)
-    rows = decode_grid(llm, _numbers(batch, "batch"), _numbers(context, "context"), steps)
+    rows = decode_grid(llm, batches, contexts, steps)
     print_table("decode", rows)
     line = json.dumps({"benchmark": "decode", "model": llm.name, "device": str(llm.device), "points": rows})
     if json_out:

@@ -113,6 +113,7 @@ class SamplingParams:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(number and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
+            object.__setattr__(self, name, float(value))  # 0 and 0.0 are one setting
         _require(self.n is not None and self.n >= 1, f"n must be at least 1, got {self.n}")
         _require(self.temperature >= 0, f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")

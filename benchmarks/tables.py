@@ -1,0 +1,96 @@
+"""Write the README's tables from the committed results, so that no number in it comes from anywhere else.
+
+python benchmarks/tables.py          # rewrite README.md
+python benchmarks/tables.py --check  # fail when it is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return result
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def decode_h200() -> str:
+    result = load("h200/decode.json")
+    rows, notes = [], []
+    for p in result["points"]:
+        if p.get("arm") == "transformers":
+            notes.append(
+                f"transformers' `generate` (static cache, compiled) on the same weights at {p['batch']} x {p['context']}: "
+                f"{p['tpot_ms']:.2f} ms, {p['speedup_of_ours']:.2f} x ours."
+            )
+        elif "floor_ms" in p:
+            rows.append(
+                [
+                    f"{p['batch']} x {p['context']:,}",
+                    f"{p['tpot_ms']:.2f}",
+                    f"{p['floor_ms']:.2f}",
+                    f"**{p['ratio']:.2f}**",
+                    f"{p['batch'] / p['tpot_ms'] * 1e3:,.0f}",
+                ]
+            )
+        else:
+            notes.append(
+                f"Host time per step outside the graph at {p['batch']} chains x {p['context']}: {p['host_ms']:.2f} ms."
+            )
+    head = ["batch x context", "TPOT ms", "floor ms", "ratio", "tokens/s"]
+    return table(head, rows) + "\n\n" + " ".join(notes)
+
+
+def decode_cpu() -> str:
+    rows = [
+        [
+            str(p["batch"]),
+            f"{p['ours_tokens_per_s']:.0f}",
+            f"{p['transformers_tokens_per_s']:.0f}",
+            f"**{p['ratio']:.2f}**",
+        ]
+        for p in load("cpu/decode_cpu.json")["points"]
+    ]
+    return table(["batch", "ours, tokens/s", "transformers, tokens/s", "ratio"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"decode-h200": decode_h200, "decode-cpu": decode_cpu}
+
+
+def render(text: str) -> str:
+    """The text with everything between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, make=make: match[1] + make() + "\n" + match[2], text)
+        if count != 1:
+            raise ValueError(f"README.md must have one place for the table {name!r}, found {count}")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = render(before)
+    if args.check and before != after:
+        raise SystemExit("README.md does not show the committed results: run python benchmarks/tables.py")
+    readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

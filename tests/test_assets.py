@@ -1,0 +1,75 @@
+"""The models that ship with the package are ordinary Hugging Face directories: plain transformers reads them."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from slipstream import LLM
+from slipstream.build import ASSETS, embedded_models
+
+MEGABYTE = 10**6
+MODELS = {"slipstream-target": (12e6, 16e6), "slipstream-draft": (1.5e6, 3e6)}
+
+
+@pytest.fixture(params=sorted(MODELS))
+def name(request):
+    return request.param
+
+
+def test_the_two_models_are_there():
+    assert set(embedded_models()) == set(MODELS)
+
+
+def test_plain_transformers_loads_it(name):
+    path = embedded_models()[name]
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert type(model).__name__ == "Qwen3ForCausalLM" and model.dtype == torch.bfloat16
+    low, high = MODELS[name]
+    assert low < sum(parameter.numel() for parameter in model.parameters()) < high
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert model.get_input_embeddings().weight.data_ptr() == model.lm_head.weight.data_ptr()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path)
+    assert len(tokenizer) <= config.vocab_size and config.max_position_embeddings >= 65536
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1+2"}], add_generation_prompt=True)
+    tokens = model.generate(torch.tensor([prompt["input_ids"]]), max_new_tokens=3)[0]
+    assert tokenizer.decode(tokens[len(prompt["input_ids"]) :]).startswith("<think>")
+
+
+def test_files_are_small(name):
+    shards = sorted(embedded_models()[name].glob("*.safetensors"))
+    assert shards and all(shard.stat().st_size < 16 * MEGABYTE for shard in shards)
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 50 * MEGABYTE
+    assert not [file for file in ASSETS.rglob("*") if file.suffix in (".bin", ".pt", ".pth")]
+
+
+def test_tokenizer(name):
+    path = embedded_models()[name]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    digits = tokenizer.encode("9041 + 7")
+    assert [tokenizer.decode([i]).strip() for i in digits if tokenizer.decode([i]).strip()] == [*"9041", "+", "7"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == end
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((path / file).read_text())["eos_token_id"] == end
+    assert LLM(name, device="cpu", max_model_len=64, kv_memory="4MiB").spec.eos_token_ids == (end,)
+    text = "L12 : add A:B,C|07;12>A=19\n<think>\nwhat é 漢 😀 is [A]?\n</think>\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_both_speak_the_same_tokens():
+    first, second = ((path / "tokenizer.json").read_bytes() for path in embedded_models().values())
+    assert first == second
+
+
+def test_chat_template(name):
+    tokenizer = AutoTokenizer.from_pretrained(embedded_models()[name])
+    messages = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    turns = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+    assert shown == turns + "<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == turns
+    ids = tokenizer.encode(shown, add_special_tokens=False)
+    assert tokenizer.decode(ids) == shown and ids.count(tokenizer.eos_token_id) == 3

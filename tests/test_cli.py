@@ -1,0 +1,261 @@
+"""The command line: what it prints where, what it refuses in one line, and an evaluation that survives Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from slipstream import SamplingParams, cli, tasks
+from slipstream.build import Options, embedded_models
+from slipstream.evaluation import parse_cell, read_log, run
+
+SOURCE = Path(__file__).parent.parent / "src"
+SMALL = ("--device", "cpu", "--max-model-len", "2048", "--kv-memory", "64MiB")
+PROBLEM = tasks.make("program", 0, steps=3)
+
+
+@pytest.fixture
+def slipstream(monkeypatch, capsys):
+    """Runs a command in this process: ``slipstream(*arguments) -> (exit code, stdout, stderr)``."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["slipstream", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def subprocess_of(*arguments):
+    """The same in a process of its own, as ``python -m slipstream``."""
+    paths = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "slipstream", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+
+
+# generate
+
+
+def test_generate_streams_the_answer(slipstream, draft):
+    code, out, err = slipstream("generate", PROBLEM.prompt, "-m", "slipstream-draft", *SMALL)
+    greedy = SamplingParams(temperature=0, max_tokens=None)
+    (expected,) = draft.generate(draft.encode(PROBLEM.prompt, chat=True), greedy)[0].outputs
+    assert (code, out) == (0, expected.text + "\n") and "slipstream-draft on cpu" in err
+    code, out, _ = slipstream("generate", "L001", "--raw", "--max-tokens", 4, "-m", "slipstream-draft", *SMALL)
+    raw = SamplingParams(temperature=0, max_tokens=4)
+    assert out == draft.generate("L001", raw)[0].outputs[0].text + "\n"
+
+
+def test_generate_several_chains(slipstream, draft):
+    sampled = ("--n", 2, "--temperature", 4.0, "--request-seed", 6, "--max-tokens", 9, "--top-k", 40)
+    code, out, _ = slipstream("generate", PROBLEM.prompt, *sampled, "-m", "slipstream-draft", *SMALL)
+    params = SamplingParams(n=2, temperature=4.0, seed=6, max_tokens=9, top_k=40)
+    chains = draft.generate(draft.encode(PROBLEM.prompt, chat=True), params)[0].outputs
+    assert code == 0 and chains[0].text != chains[1].text
+    assert out == "".join(f"--- chain {c.index} ({c.finish_reason})\n{c.text}\n" for c in chains)
+
+
+def test_generate_from_a_file(slipstream, draft, tmp_path):
+    ids = draft.encode(PROBLEM.prompt, chat=True)
+    requests = [
+        {"prompt": PROBLEM.prompt},
+        {"messages": [{"role": "user", "content": PROBLEM.prompt}]},
+        {"prompt_token_ids": ids},
+    ]
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, requests)) + "\n")
+    stop = SamplingParams(temperature=0, max_tokens=None, stop=";")
+    (expected,) = draft.generate(ids, stop)[0].outputs
+    arguments = ("generate", "--file", file, "--stop", ";", "-m", "slipstream-draft", *SMALL)
+    code, printed, _ = slipstream(*arguments, "--out", out)
+    assert (code, printed) == (0, "")
+    answers = sorted(map(json.loads, out.read_text().splitlines()), key=lambda a: a["index"])
+    chain = {"text": expected.text, "token_ids": expected.token_ids, "finish_reason": "stop"}
+    assert answers == [{"index": i, "outputs": [chain]} for i in range(3)]
+    assert sorted(slipstream(*arguments)[1].splitlines()) == sorted(out.read_text().splitlines())
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{", "not JSON"),
+    ("[1, 2]", "needs an object with exactly one of prompt, messages, prompt_token_ids"),
+    ('{"prompt": "a", "messages": []}', "needs an object with exactly one of"),
+    ('{"promt": "a"}', "needs an object with exactly one of"),
+    ('{"prompt": 5}', "prompt must be a str"),
+    ('{"prompt_token_ids": "abc"}', "prompt_token_ids must be a list"),
+    ('{"prompt_token_ids": [99999]}', "token id 99999 is outside the vocabulary"),
+    ('{"prompt_token_ids": []}', "the prompt is empty"),
+    ('{"messages": [{"role": "user"}]}', "the chat template cannot take these messages"),
+])  # fmt: skip
+def test_a_bad_line_of_a_file_is_named_before_any_work(slipstream, tmp_path, line, words):
+    file = tmp_path / "in[1].jsonl"  # brackets must not be read as colours
+    file.write_text('{"prompt": "a"}\n\n' + line + "\n")
+    code, out, err = slipstream("generate", "--file", file, "-m", "slipstream-draft", *SMALL)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"error: {file}, line 3: ") and words in err.splitlines()[-1]
+
+
+# mistakes
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["generate"], "give either a PROMPT or --file, not both and not neither"),
+    (["generate", "a", "--file", "b"], "give either a PROMPT or --file"),
+    (["generate", "a", "--out", "b"], "--out is where the answers of --file go"),
+    (["generate", "--file", "no/such/file"], "No such file or directory: 'no/such/file'"),
+    (["generate", "a", "--temperature", "-1"], "temperature must be >= 0 (0 is greedy), got -1.0"),
+    (["generate", "a", "--temperature", "nan"], "temperature must be a finite number, got nan"),
+    (["generate", "a", "--n", "0"], "n must be at least 1, got 0"),
+    (["generate", "a", "--stop", ""], "stop strings must be non-empty text"),
+    (["generate", "a", "-m", "slipstream-taget"], "did you mean 'slipstream-target'?"),
+    (["generate", "a", "-m", "[/red]/x"], "there is no model directory [/red]/x"),
+    (["generate", "a", "--device", "tpu"], "use 'cpu', 'cuda' or 'cuda:N'"),
+    (["generate", "a", "--kernels", "triton", "--device", "cpu"], "kernels='triton' needs an NVIDIA GPU"),
+    (["generate", "a", "--kv-memory", "lots"], "cannot read 'lots' as a size"),
+    (["generate", "a", "--attention", "ful"], "attention method 'ful' is unknown; did you mean 'full'?"),
+    (["eval", "--tasks", "progam"], "unknown task 'progam'; did you mean 'program'?"),
+    (["eval", "--tasks", "program:stepz=3"], "task 'program' has no parameter 'stepz'; did you mean 'steps'?"),
+    (["eval", "--tasks", ","], "--tasks names no task"),
+    (["eval", "--samples", "0"], "samples must be at least 1, got 0"),
+    (["eval", "--n", "4"], "--n 4 at temperature 0 gives 4 equal chains: set --temperature"),
+    (["bench", "decode", "--batch", "1,x", *SMALL], "--batch takes comma-separated numbers, got '1,x'"),
+    (["bench", "decode", "--context", "0", *SMALL], "--context takes positive numbers, got '0'"),
+    (["bench", "decode", "--context", "4000", *SMALL], "do not fit max_model_len 2048"),
+    (["bench", "decode", "--batch", "100", "--context", "64", *SMALL], "batch 100 exceeds max_num_seqs 64"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(slipstream, monkeypatch, arguments, words):
+    monkeypatch.setenv("COLUMNS", "40")  # a narrow terminal does not cut it up
+    code, out, err = slipstream(*arguments)
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if " on cpu: " not in line]  # what was loaded
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["generate", "a", "--nope"], "--nope"),
+    (["genrate"], "genrate"),
+    (["eval", "--samples", "many"], "--samples"),
+    (["bench", "decode", "--steps", "0"], "--steps"),
+])  # fmt: skip
+def test_a_wrong_flag_is_a_usage_error(slipstream, arguments, words):
+    code, out, err = slipstream(*arguments)
+    assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+# eval, bench, models, help
+
+
+def test_eval_writes_table_json_and_log(slipstream, tmp_path):
+    path = tmp_path / "results" / "out.json"
+    arguments = ("eval", "--tasks", "needle_single,program:steps=3", "--length", 256, "--samples", 2,
+                 "-m", "slipstream-draft", *SMALL, "--json", path)  # fmt: skip
+    code, out, err = slipstream(*arguments)
+    result = json.loads(out)
+    assert code == 0 and json.loads(path.read_text()) == result
+    assert (result["model"], result["attention"], result["stats"]["finished_requests"]) == (
+        "slipstream-draft",
+        "full",
+        4,
+    )
+    assert [(row["cell"], row["problems"]) for row in result["rows"]] == [
+        ("needle_single num_tokens=256", 2), ("program steps=3", 2),
+    ]  # fmt: skip
+    assert result["rows"][0]["accuracy"] == 1.0 and result["rows"][0]["ttft_p50_ms"] > 0
+    table = " ".join(err.split("accuracy", 1)[1].split())
+    assert "needle_single num_tokens=256 2 1 0 0" in table and "program steps=3 2 1 0 0" in table
+    log = path.with_suffix(".jsonl")
+    answers = log.read_text()
+    assert len(answers.splitlines()) == 4
+    again = json.loads(slipstream(*arguments)[1])
+    assert again["rows"] == result["rows"] and again["stats"]["finished_requests"] == 0 and log.read_text() == answers
+
+
+def test_eval_samples_several_chains(slipstream):
+    arguments = ("eval", "--tasks", "search", "--samples", 2, "--n", 2, "--temperature", 0.7)
+    code, out, _ = slipstream(*arguments, "-m", "slipstream-draft", *SMALL)
+    (row,) = json.loads(out)["rows"]
+    assert code == 0 and row["pass@2"] >= row["accuracy"]
+    (again,) = json.loads(slipstream(*arguments, "-m", "slipstream-draft", *SMALL)[1])["rows"]
+    assert [again[name] for name in ("accuracy", "output_tokens")] == [row["accuracy"], row["output_tokens"]]
+
+
+def test_bench_decode(slipstream, tmp_path):
+    path = tmp_path / "new" / "bench.json"
+    grid = ("--batch", "1,3", "--context", "32,64", "--steps", 4)
+    code, out, err = slipstream("bench", "decode", *grid, "--json", path, "-m", "slipstream-draft", *SMALL)
+    result = json.loads(out)
+    assert code == 0 and json.loads(path.read_text()) == result and "tpot" in err
+    assert (result["benchmark"], result["model"], result["device"]) == ("decode", "slipstream-draft", "cpu")
+    points = [(p["batch"], p["context"]) for p in result["points"]]
+    assert points == [(1, 32), (3, 32), (1, 64), (3, 64)]
+    assert all(p["tokens_per_s"] == pytest.approx(1e3 * p["batch"] / p["tpot_p50_ms"]) for p in result["points"])
+
+
+def test_models(slipstream, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = slipstream("models")
+    assert code == 0
+    for name, path in embedded_models().items():
+        assert f"{name}: Qwen3ForCausalLM" in out and str(path) in out
+
+
+@pytest.mark.parametrize("command", [["generate"], ["eval"], ["bench", "decode"]], ids=" ".join)
+def test_help_lists_every_engine_option(slipstream, command):
+    code, out, _ = slipstream(*command, "--help")
+    assert code == 0
+    for option in fields(Options):
+        assert f"--{option.name.replace('_', '-')} " in out, option.name
+    own = {"generate": ["--file", "--out", "--stop", "--request-seed"], "eval": ["--tasks", "--json", "--log"]}
+    assert all(flag in out for flag in own.get(command[0], ["--batch", "--context", "--steps"]))
+
+
+def test_help_of_the_rest(slipstream):
+    code, out, _ = slipstream("--help")
+    assert code == 0 and all(word in out for word in ("generate", "eval", "bench", "models", "demo"))
+    assert slipstream("models", "--help")[0] == slipstream("bench", "--help")[0] == slipstream("demo", "--help")[0] == 0
+
+
+def test_ctrl_c_keeps_what_is_done(slipstream, draft, tmp_path):
+    log, json_out, count = tmp_path / "log.jsonl", tmp_path / "out.json", 12
+    arguments = ("eval", "--tasks", "program:steps=8", "--samples", count, "--max-num-seqs", 1, "--log", log,
+                 "--json", json_out, "-m", "slipstream-draft", *SMALL)  # fmt: skip
+    process = subprocess_of(*arguments)
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_bytes().count(b"\n") >= 2:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert f"interrupted: {log} keeps what was done" in err and not json_out.exists()
+    kept = log.read_text()
+    done = len(kept.splitlines())
+    assert 2 <= done < count and len(read_log(log)) == done
+
+    code, out, _ = slipstream(*arguments)
+    result = json.loads(out)
+    assert code == 0 and json.loads(json_out.read_text()) == result
+    assert result["stats"]["finished_requests"] == count - done  # what was done is not done again
+    assert log.read_text().startswith(kept) and len(log.read_text().splitlines()) == count
+
+    greedy = SamplingParams(temperature=0, max_tokens=None, seed=0)
+    uninterrupted = run(draft, [parse_cell("program:steps=8", None, count)], params=greedy)
+    resumed = {answer.key: answer for answer in read_log(log)}
+    assert [resumed[a.key].correct for a in uninterrupted] == [a.correct for a in uninterrupted]
+    assert [resumed[a.key].output_tokens for a in uninterrupted] == [a.output_tokens for a in uninterrupted]
+    assert result["rows"][0]["accuracy"] == sum(a.correct[0] for a in uninterrupted) / count
