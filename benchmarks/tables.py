@@ -32,8 +32,9 @@ def decode_h200() -> str:
     rows, notes = [], []
     for p in result["points"]:
         if p.get("arm") == "transformers":
+            where = f"{p['batch']} x {p['context']:,}"
             notes.append(
-                f"transformers' `generate` (static cache, compiled) on the same weights at {p['batch']} x {p['context']}: "
+                f"transformers' `generate` (static cache, compiled) with the same weights at {where}: "
                 f"{p['tpot_ms']:.2f} ms, {p['speedup_of_ours']:.2f} x ours."
             )
         elif "floor_ms" in p:

@@ -127,11 +127,9 @@ def run_demo(picture: Path, samples: int, err: Console) -> None:
     stats = llm.stats()
     output_tokens = sum(a.output_tokens for a in answers)
     kv_bytes = max(a.prompt_tokens + a.output_tokens for a in answers) * llm.spec.kv_bytes_per_token()
-    per_token = llm.spec.kv_bytes_per_token()
-    err.print(
-        f"{output_tokens:,} tokens in {wall_s:.0f} s ({output_tokens / wall_s:.0f}/s); "
-        f"KV: {per_token:,} bytes a token, {kv_bytes / 2**20:.1f} MiB for the longest chain, pool {llm.pool.bytes / 2**20:.0f} MiB"
-    )
+    per_token, longest, pool = llm.spec.kv_bytes_per_token(), kv_bytes / 2**20, llm.pool.bytes / 2**20
+    err.print(f"{output_tokens:,} tokens in {wall_s:.0f} s ({output_tokens / wall_s:.0f}/s)")
+    err.print(f"KV: {per_token:,} bytes a token, {longest:.1f} MiB for the longest chain, pool {pool:.0f} MiB")
     draw(rows, answers, picture)
     err.print(f"picture: {picture}")
     result = {
