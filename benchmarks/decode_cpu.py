@@ -25,9 +25,9 @@ BARS = {1: 1.0, 8: 2.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=30, help="lines of the programs that are the prompts")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     report = Report("decode_cpu", notes={"model": MODEL, "new_tokens": args.tokens})

@@ -11,7 +11,6 @@ these are compared with; the problems here are others. About half an hour on one
 from __future__ import annotations
 
 import argparse
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from harness import Report, check
 
 from slipstream import LLM, SamplingParams, tasks
-from slipstream.evaluation import Answer, Cell, run, summary
+from slipstream.evaluation import Answer, Cell, read_log, run
 
 TEMPERATURE, CHAINS = 0.8, 4
 NEEDLES = ("needle_single", "needle_multikey", "needle_multiquery")
@@ -72,6 +71,9 @@ DRAFT = (
     row("search_8", "search", 100, True),
     row("needles_1024", NEEDLES, 30, num_tokens=924),
     row("needles_1024", NEEDLES, 12, True, num_tokens=924),
+    row("needles_8192", NEEDLES, 6, num_tokens=8092),
+    row("shuffled_50", "program_shuffled", 10, steps=50),
+    row("spread_8192_50", "program_spread", 3, steps=50, num_tokens=SPREAD_DOCUMENT),
 )
 ROWS = {"slipstream-target": TARGET, "slipstream-draft": DRAFT}
 TARGET_BARS = {
@@ -96,14 +98,14 @@ def measure(model: str, what: Row, most: int, log: Path | None) -> dict[str, Any
         temperature=TEMPERATURE if what.sampled else 0.0,
         max_tokens=longest + (120 if "search" in what.tasks else 16),
     )
-    began = time.perf_counter()
     answers = run(llm, cells, params=params, log=log, keep_text=True)
     check(len(answers) == len(problems), "an answer for every problem")
     found = {"model": model, "cell": what.name, "temperature": params.temperature, "chains": params.n}
     found |= rates(answers, problems)
-    found["cut_off"] = sum(line["cut_off"] for line in summary(answers))
+    texts = [text for answer in answers for text in answer.texts]
+    found["closed"] = sum("</think>" in text for text in texts) / len(texts)
     found["output_tokens"] = sum(answer.output_tokens for answer in answers)
-    return found | {"dtype": str(llm.spec.dtype).removeprefix("torch."), "s": round(time.perf_counter() - began, 1)}
+    return found | {"dtype": str(llm.spec.dtype).removeprefix("torch.")}
 
 
 def rates(answers: list[Answer], problems: list[tasks.Problem]) -> dict[str, Any]:
@@ -150,6 +152,8 @@ def main() -> None:
     if options.samples < 1:
         parser.error("--samples must be at least 1")
     report = Report("embedded_models")
+    if options.log:  # answers of another run, perhaps of another commit: the result says so
+        report.notes["answers_in_log_before"] = len(read_log(options.log))
     for model in options.models.split(","):
         if model not in ROWS:
             parser.error(f"--models takes {', '.join(ROWS)}, got {model!r}")

@@ -135,3 +135,15 @@ def test_one_graph_serves_any_lengths(device):
         out.fill_(torch.nan)
         graph.replay()
         assert_equal(out, reference.decode_attention(q, *cache.args, lengths, 0.1), "attention")
+
+
+def test_reference_does_not_depend_on_the_batch():
+    """To the last bit: a request alone, and among others of any length."""
+    lengths = [1, 500, 64, 65, 700, 640, 3]
+    cache = make_cache(lengths, 2, 64, 64, torch.float32, torch.device("cpu"))
+    q = torch.randn(len(lengths), 8, 64, generator=torch.Generator().manual_seed(1))
+    (k, v, table), length = cache.args, cache.lengths
+    together = reference.decode_attention(q, k, v, table, length, 0.125)
+    for b in range(len(lengths)):
+        alone = reference.decode_attention(q[b : b + 1], k, v, table[b : b + 1], length[b : b + 1], 0.125)
+        assert torch.equal(alone[0], together[b])

@@ -111,18 +111,43 @@ def decode_attention(
     """One query token per request over its pages. A request of length 0 (a padding row) gives zeros.
 
     q: [B, Hq, D].  k_pages, v_pages: [P, Hk, S, D].  page_table: [B, N] int32.  lengths: [B] int32.  -> [B, Hq, D].
-    Computed request by request, so that a result never depends on what else is in the batch.
+    Requests with equally many pages are computed together, over the width of those pages: a result depends, to the last
+    bit, on its own request only, never on what else is in the batch.
     """
-    num_kv, dim = k_pages.shape[1], k_pages.shape[3]
-    rows = _gather_rows(page_table, num_kv)
+    page_size = k_pages.shape[2]
     out = torch.zeros_like(q)
+    groups: dict[int, list[int]] = {}
     for b, length in enumerate(lengths.tolist()):
         if length:
-            k, v = _gather(k_pages, rows[b], length), _gather(v_pages, rows[b], length)
-            # The heads of one group are the query rows of their KV head: no head is repeated in memory.
-            group = q[b].reshape(1, num_kv, -1, dim)
-            out[b] = F.scaled_dot_product_attention(group, k[None], v[None], scale=scale).reshape(-1, dim)
+            groups.setdefault(-(-length // page_size), []).append(b)
+    for num_pages, members in groups.items():
+        if len(members) == q.shape[0]:
+            return _decode_group(q, k_pages, v_pages, page_table[:, :num_pages], lengths, scale)
+        rows = torch.tensor(members, device=q.device)
+        table = page_table.index_select(0, rows)[:, :num_pages]
+        out[rows] = _decode_group(q[rows], k_pages, v_pages, table, lengths[rows], scale)
     return out
+
+
+def _decode_group(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """:func:`decode_attention` of requests whose tokens fill all columns of the page table but the last."""
+    num_requests, (num_kv, page_size, dim) = q.shape[0], k_pages.shape[1:]
+    rows = _gather_rows(page_table, num_kv).view(-1)
+    k, v = (
+        pages.view(-1, page_size * dim).index_select(0, rows).view(num_requests, num_kv, -1, dim)
+        for pages in (k_pages, v_pages)
+    )
+    seen = torch.arange(k.shape[2], device=q.device) < lengths.unsqueeze(1)
+    # Slots behind the last token hold anything, NaN too, and 0 * NaN would reach the result.
+    unseen = ~seen[:, None, -page_size:, None]
+    k[:, :, -page_size:].masked_fill_(unseen, 0)
+    v[:, :, -page_size:].masked_fill_(unseen, 0)
+    # The heads of one group are the query rows of their KV head: no head is repeated in memory.
+    group = q.reshape(num_requests, num_kv, -1, dim)
+    attended = F.scaled_dot_product_attention(group, k, v, attn_mask=seen.view(num_requests, 1, 1, -1), scale=scale)
+    return attended.reshape(num_requests, -1, dim)
 
 
 def prefill_attention(
