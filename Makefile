@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/slipstream demo --picture demo.png
 
 test: setup
-	$(BIN)/python -m pytest tests -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu" -n 2
 
 check: setup
 	$(BIN)/ruff check .
