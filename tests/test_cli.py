@@ -24,6 +24,7 @@ PROBLEM = tasks.make("program", 0, steps=3)
 def slipstream(monkeypatch, capsys):
     """Runs a command in this process: ``slipstream(*arguments) -> (exit code, stdout, stderr)``."""
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(cli.err, "width", 160)  # a test runner's workers fix it when they start
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["slipstream", *map(str, arguments)])
@@ -135,6 +136,7 @@ def test_a_bad_line_of_a_file_is_named_before_any_work(slipstream, tmp_path, lin
     (["bench", "decode", "--batch", "100", "--context", "64", *SMALL], "batch 100 exceeds max_num_seqs 64"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(slipstream, monkeypatch, arguments, words):
+    monkeypatch.setattr(cli.err, "width", 40)
     monkeypatch.setenv("COLUMNS", "40")  # a narrow terminal does not cut it up
     code, out, err = slipstream(*arguments)
     assert (code, out) == (2, "")
@@ -203,6 +205,7 @@ def test_bench_decode(slipstream, tmp_path):
 
 
 def test_models(slipstream, monkeypatch):
+    monkeypatch.setattr(cli.err, "width", 40)
     monkeypatch.setenv("COLUMNS", "40")
     code, out, _ = slipstream("models")
     assert code == 0

@@ -5,13 +5,13 @@ import runpy
 from pathlib import Path
 
 from slipstream import LLM, SamplingParams, evaluation, tasks
-from slipstream.cli import print_table
+from slipstream.cli import err, print_table
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_the_main_job(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(err, "width", 120)
     llm = LLM("slipstream-target", device="cpu", max_model_len=2048, kv_memory="64MiB")
     greedy = SamplingParams(temperature=0, max_tokens=None)
 

@@ -106,8 +106,8 @@ def draw(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], path: Path) 
             [a.prompt_tokens + a.output_tokens for a in group], [1e3 * (a.tpot_s or 0) for a in group],
             color=colours[name], s=18, alpha=0.8,
         )  # fmt: skip
-    right.set(ylim=(0, None), xlabel="tokens of prompt and chain", ylabel="time per output token, ms")
-    right.set_title("One dot per problem (prefills of others in between)")
+    right.set(ylim=(0, None), xlabel="tokens of prompt and chain", ylabel="ms per token, others' prefills included")
+    right.set_title("Speed, one dot per problem")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -137,7 +137,7 @@ def test_one_graph_serves_any_lengths(device):
         assert_equal(out, reference.decode_attention(q, *cache.args, lengths, 0.1), "attention")
 
 
-def test_reference_does_not_depend_on_the_batch():
+def test_reference_does_not_depend_on_a_ragged_batch():
     """To the last bit: a request alone, and among others of any length."""
     lengths = [1, 500, 64, 65, 700, 640, 3]
     cache = make_cache(lengths, 2, 64, 64, torch.float32, torch.device("cpu"))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slipstream.attention.dense import DenseBackend
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
+from slipstream.attention.dense import DenseBackend
 from slipstream.kvcache.pool import KVPool
 from slipstream.models.decoder import CausalLM
 from slipstream.types import Batch, ModelSpec
