@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,17 @@ def make_cache(
         keys,
         values,
     )
+
+
+def oracle(op: Callable[..., Tensor], q: Tensor, *args: Any) -> Tensor:
+    """The reference where it is the product's own path: on the CPU, in fp32 so that it rounds once; as q in the end."""
+
+    def to_host(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.cpu().float() if x.is_floating_point() else x.cpu()
+
+    return op(*map(to_host, (q, *args))).to(q.device, q.dtype)
 
 
 def naive_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
