@@ -38,21 +38,36 @@ def decode_h200() -> str:
                 f"{p['tpot_ms']:.2f} ms, {p['speedup_of_ours']:.2f} x ours."
             )
         elif "floor_ms" in p:
-            rows.append(
-                [
-                    f"{p['batch']} x {p['context']:,}",
-                    f"{p['tpot_ms']:.2f}",
-                    f"{p['floor_ms']:.2f}",
-                    f"**{p['ratio']:.2f}**",
-                    f"{p['batch'] / p['tpot_ms'] * 1e3:,.0f}",
-                ]
-            )
+            rows.append(decode_row(p))
         else:
             notes.append(
                 f"Host time per step outside the graph at {p['batch']} chains x {p['context']}: {p['host_ms']:.2f} ms."
             )
+    for p in load("h200/decode_32b.json")["points"]:
+        rows.append(decode_row(p, "Qwen3-32B, "))
     head = ["batch x context", "TPOT ms", "floor ms", "ratio", "tokens/s"]
     return table(head, rows) + "\n\n" + " ".join(notes)
+
+
+def decode_row(p: dict[str, Any], shape: str = "") -> list[str]:
+    return [
+        f"{shape}{p['batch']} x {p['context']:,}",
+        f"{p['tpot_ms']:.2f}",
+        f"{p['floor_ms']:.2f}",
+        f"**{p['ratio']:.2f}**",
+        f"{p['batch'] / p['tpot_ms'] * 1e3:,.0f}",
+    ]
+
+
+def operator_dense() -> str:
+    """Our decode attention against FlashInfer's faster variant on the same pages."""
+    points = [p for p in load("h200/operator_dense.json")["points"] if p["name"] == "decode_attention"]
+    rows = []
+    for batch, context in dict.fromkeys((p["batch"], p["context"]) for p in points):
+        times = {p["arm"]: p["us"] for p in points if (p["batch"], p["context"]) == (batch, context)}
+        peer = min(us for arm, us in times.items() if arm != "ours")
+        rows.append([f"{batch} x {context:,}", f"{times['ours']:.1f}", f"{peer:.1f}", f"**{peer / times['ours']:.2f}**"])
+    return table(["batch x context", "ours, us", "FlashInfer, us", "ratio"], rows)
 
 
 def decode_cpu() -> str:
@@ -68,7 +83,11 @@ def decode_cpu() -> str:
     return table(["batch", "ours, tokens/s", "transformers, tokens/s", "ratio"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"decode-h200": decode_h200, "decode-cpu": decode_cpu}
+TABLES: dict[str, Callable[[], str]] = {
+    "decode-h200": decode_h200,
+    "operator-dense": operator_dense,
+    "decode-cpu": decode_cpu,
+}
 
 
 def render(text: str) -> str:
