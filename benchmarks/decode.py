@@ -5,6 +5,10 @@ model and its head as one CUDA graph, plus FlashInfer's paged attention of every
 RoPE, no sampling, no host. Contexts are real: every prompt is prefilled.
 
     PYTHONPATH=src python benchmarks/decode.py --json benchmarks/results/h200/decode.json
+
+With ``--methods full,quest,double_sparsity,two_level`` the arms are attention methods instead, one engine each on the
+same shapes, over contexts of random KV (``contexts.py``); the bar is two_level against full. Every arm must have been
+sparse in every timed step, and with a budget as large as the context must give the log-probabilities of ``full``.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contexts import fill_pool, remember
 from harness import Report, Timing, check, time_graph
 from shapes import SHAPES
 
@@ -152,6 +157,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kernels", default="auto", help="attention kernels of our arm: auto, flashinfer, triton")
     parser.add_argument("--transformers", default="", help="points at which transformers runs too, e.g. 8x1024")
     parser.add_argument("--overhead", action="store_true", help="also measure the host's time per step at B=64")
+    parser.add_argument("--methods", default="", help="compare attention methods, e.g. full,quest,two_level")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens per KV head that a sparse method attends to")
     parser.add_argument("--json", default=None)
     return parser.parse_args()
 
@@ -163,6 +170,9 @@ def points_of(text: str) -> list[tuple[int, int]]:
 def main() -> None:
     args = parse()
     config, points = SHAPES[args.shape], points_of(args.points)
+    if args.methods:
+        compare_methods(args, config, points)
+        return
     report = Report("decode", notes={"shape": args.shape, "kernels": args.kernels, "steps": args.steps})
     start = time.perf_counter()
     llm = make_llm(args, config, points)
@@ -197,7 +207,77 @@ def main() -> None:
     report.finish(args.json)
 
 
-def make_llm(args: argparse.Namespace, config: dict[str, Any], points: list[tuple[int, int]]) -> LLM:
+def compare_methods(args: argparse.Namespace, config: dict[str, Any], points: list[tuple[int, int]]) -> None:
+    """TPOT of each method at each point; the JSON is written after every arm."""
+    report = Report(
+        "decode_methods",
+        notes={"shape": args.shape, "budget": args.budget, "steps": args.steps, "contexts": "random KV, not prefilled"},
+    )
+    found: dict[tuple[str, int, int], float] = {}
+    scores: list[float] | None = None
+    for method in args.methods.split(","):
+        attention = (
+            method if method == "full" else {"method": method, "budget": args.budget, "min_context": args.budget}
+        )
+        llm = make_llm(args, config, points, attention=attention, prefix_cache=True, seed=0)
+        scores = check_method(llm, method, args.budget, scores)
+        for batch, context in points:
+            found[method, batch, context] = time_method(report, llm, method, batch, context, args.steps)
+        report.finish(args.json)
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
+    for batch, context in points:
+        if {"full", "two_level"} <= set(args.methods.split(",")):
+            ratio = found["two_level", batch, context] / found["full", batch, context]
+            report.bar(f"two_level / full, {batch} x {context}", ratio, 0.45, "<=")
+    report.finish(args.json)
+
+
+def check_method(llm: LLM, method: str, budget: int, expected: list[float] | None) -> list[float]:
+    """Within the budget a method attends to everything: the log-probabilities of the first arm, in bf16 noise.
+
+    With its gate at 0 for once, so that it does select, in the sixteen decode rows of a prompt that is dense before.
+    """
+    backend, gate = llm.engine.backend, getattr(llm.engine.backend, "gate", 0)
+    if method != "full":
+        backend.gate = 0
+    prompt = random_prompts(llm.spec.vocab_size, 1, budget - 64, seed=9)[0]
+    forced = random_prompts(llm.spec.vocab_size, 1, 16, seed=10)[0]
+    request = {"prompt_token_ids": [*prompt, *forced], "dense_tokens": len(prompt)}
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    entries = llm.generate(request, params)[0].prompt_logprobs or []
+    scores = [next(iter(entry.values())).logprob for entry in entries[-len(forced) :] if entry]
+    if method != "full":
+        backend.gate = gate
+        check(llm.stats()["sparse_rows"] >= len(forced) - 1, f"{method}: the check was dense")
+    check(len(scores) == len(forced), f"{method}: {len(scores)} scores for {len(forced)} tokens")
+    if expected is not None:
+        worst = max(abs(a - b) for a, b in zip(scores, expected, strict=True))
+        check(worst < TOLERANCE_NATS, f"{method} differs from the first arm by {worst:.3f} nats within its budget")
+    return scores
+
+
+def time_method(report: Report, llm: LLM, method: str, batch: int, context: int, steps: int) -> float:
+    """One point of one arm: remembered contexts, then decode steps, all graph replays and all sparse."""
+    warmup = 8
+    remember(llm, random_prompts(llm.spec.vocab_size, batch, context - warmup - 1, seed=0))
+    before = llm.stats()
+    times = decode_times(llm, batch, context, steps, warmup=warmup)
+    after = llm.stats()
+    check(times.graph_replays >= steps, f"{method}: the timed steps were not graph replays")
+    extra: dict[str, Any] = {}
+    if method != "full":
+        rows = after["sparse_rows"] - before["sparse_rows"]
+        check(rows >= steps * batch, f"{method}: {rows} sparse rows in {steps} steps of {batch}")
+        extra = {"density": round(after["density"], 5), "index_bytes": after["index_bytes"]}
+    timing = Timing.of(times.steps_s)
+    host = round(sorted(times.host_ms)[steps // 2], 4)
+    report.point(method=method, batch=batch, context=context, **timing.fields("tpot"), host_ms=host, **extra)
+    return timing.median_ms
+
+
+def make_llm(args: argparse.Namespace, config: dict[str, Any], points: list[tuple[int, int]], **options: Any) -> LLM:
     """One engine for all points; room is left on the device for transformers' own weights where it runs too."""
     llm = LLM(
         config,
@@ -206,12 +286,9 @@ def make_llm(args: argparse.Namespace, config: dict[str, Any], points: list[tupl
         max_num_seqs=64,
         max_batch_tokens=8192,
         kernels=args.kernels,
-        prefix_cache=False,
-        kv_memory="84GiB" if args.transformers else None,
+        **{"prefix_cache": False, "kv_memory": "84GiB" if args.transformers else None, **options},
     )
-    for pages in (llm.pool.k, llm.pool.v):  # never time on zeros
-        for layer in pages:
-            layer.normal_()
+    fill_pool(llm)  # never time on zeros
     return llm
 
 

@@ -66,7 +66,9 @@ def operator_dense() -> str:
     for batch, context in dict.fromkeys((p["batch"], p["context"]) for p in points):
         times = {p["arm"]: p["us"] for p in points if (p["batch"], p["context"]) == (batch, context)}
         peer = min(us for arm, us in times.items() if arm != "ours")
-        rows.append([f"{batch} x {context:,}", f"{times['ours']:.1f}", f"{peer:.1f}", f"**{peer / times['ours']:.2f}**"])
+        rows.append(
+            [f"{batch} x {context:,}", f"{times['ours']:.1f}", f"{peer:.1f}", f"**{peer / times['ours']:.2f}**"]
+        )
     return table(["batch x context", "ours, us", "FlashInfer, us", "ratio"], rows)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slipstream import LLM, SamplingParams
+from slipstream import LLM, SamplingParams, calibrate
 from slipstream.build import embedded_models
 from slipstream.engine.request import Request
 
@@ -191,7 +191,41 @@ def test_engine_options(given, words):
 
 def test_options_of_an_attention_method():
     message = refusal(LLM, attention={"method": "full", "budget": 8}, kind=TypeError)
-    assert "attention method 'full' has no option 'budget'" in message
+    assert "attention method 'full' has no option 'budget': it has none" in message
+    message = refusal(LLM, attention={"method": "two_level", "bugdet": 8}, kind=TypeError)
+    assert "attention method 'two_level' has no option 'bugdet'; did you mean 'budget'?" in message
+    message = refusal(LLM, attention={"method": "window", "channels": 8}, kind=TypeError)
+    assert "attention method 'window' has no option 'channels'; valid: budget, dense_layers, min_context" in message
+
+
+@pytest.mark.parametrize("attention, words", [
+    ("two_levle", "attention method 'two_levle' is unknown; did you mean 'two_level'?"),
+    ({"method": "oracle", "budget": 68}, "budget = 68 cannot hold sink + recent + the newest token = 4 + 64 + 1"),
+    ({"method": "window", "budget": 0}, "budget must be an integer of at least 1, got 0"),
+    ({"method": "tova", "budget": -1}, "budget must be an integer of at least 1, got -1"),
+    ({"method": "quest", "budget": "512"}, "budget must be an integer of at least 1, got '512'"),
+    ({"method": "quest", "block_score": "minmx"}, "block_score 'minmx' is unknown; did you mean 'minmax'?"),
+    ({"method": "quest", "block": 48}, "blocks of 48 tokens do not divide a page of 64: set page_size to a multiple"),
+    ({"method": "two_level", "block": 128}, "blocks of 128 tokens do not divide a page of 64"),
+    ({"method": "two_level", "blocks": 4}, "4 blocks of 64 tokens hold fewer than budget = 1024: raise blocks"),
+    ({"method": "two_level", "channels": 66}, "channels = 66 exceeds the head dimension 64: lower it"),
+    ({"method": "double_sparsity", "channels": 7}, "channels must be even (two share a byte), got 7"),
+    ({"method": "double_sparsity", "calibration": "none.safetensors"}, "there is no calibration file none.safetensors"),
+    ({"method": "oracle", "dense_layers": 9}, "dense_layers = 9 of a model of 8 layers: lower it"),
+    ({"method": "oracle", "min_context": -1}, "min_context must be an integer of at least 0, got -1"),
+])  # fmt: skip
+def test_values_of_an_attention_method(attention, words):
+    options = {"device": "cpu", "max_model_len": 128, "kv_memory": "8MiB"}
+    assert words in refusal(LLM, "slipstream-target", attention=attention, **options)
+
+
+def test_a_calibration_of_another_model(tmp_path):
+    options = {"device": "cpu", "max_model_len": 128, "kv_memory": "8MiB"}
+    calibrate(LLM("slipstream-draft", attention="window", **options), [[1, 2, 3]]).save(tmp_path / "draft")
+    attention = {"method": "two_level", "calibration": str(tmp_path / "draft")}
+    message = refusal(LLM, "slipstream-target", attention=attention, **options)
+    assert "is the calibration of slipstream-draft (Qwen3ForCausalLM, 4 layers" in message
+    assert "not of slipstream-target (Qwen3ForCausalLM, 8 layers" in message
 
 
 # a cache that is too small

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from slipstream import LLM, Full, SamplingParams, build
+from slipstream import LLM, Full, Quest, SamplingParams, Tova, TwoLevel, build, calibrate, cli
+from slipstream.attention.calibration import FILE_NAME
 from slipstream.attention.dense import DenseBackend
-from slipstream.build import Options
+from slipstream.attention.sparse import SparseBackend
+from slipstream.attention.tova import TovaBackend
+from slipstream.build import ATTENTION, Options
 from slipstream.types import ModelSpec
 
 
@@ -21,6 +24,10 @@ def test_every_option_says_what_it_is_and_has_a_default():
 
 def test_attention_in_three_spellings():
     assert build.parse_attention("full") == build.parse_attention({"method": "full"}) == build.parse_attention(Full())
+    for name, config in ATTENTION.items():
+        assert build.parse_attention(name) == build.parse_attention({"method": name}) == config()
+        assert build.method_of(config()) == name
+    assert build.parse_attention({"method": "two_level", "budget": 512, "blocks": 9}) == TwoLevel(512, blocks=9)
 
 
 def test_devices():
@@ -38,6 +45,7 @@ def test_models_by_name_path_or_config(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [
+    {"attention": {"method": "quest", "budget": 9}}, {"attention": "two_level", "page_size": 32},
     {"kernels": "triton"}, {"kv_memory": "lots"}, {"attention": "ful"}, {"device": "tpu"}, {"page_size": 0},
 ])  # fmt: skip
 def test_mistakes_are_found_before_weights_are_read(given, monkeypatch):
@@ -79,3 +87,67 @@ def test_a_step_keeps_memory_for_itself():
     small, large = (ModelSpec("x", 2, size, 8, 2, 16, 1000, 128, torch.bfloat16) for size in (64, 4096))
     assert 512 << 20 < build.activation_bytes(small, 512) < build.activation_bytes(large, 512)
     assert build.activation_bytes(large, 512) < build.activation_bytes(large, 4096) < 2 << 30
+
+
+# attention methods
+
+
+@pytest.mark.parametrize("attention", [
+    "window", {"method": "quest", "block": 8}, {"method": "double_sparsity", "channels": 10},
+    {"method": "two_level", "block": 4, "blocks": 300, "channels": 6, "block_score": "minmax4x16"},
+])  # fmt: skip
+def test_an_index_is_paid_for_from_the_same_memory(tiny, attention):
+    llm = tiny(attention=attention, page_size=8, kv_memory="1MiB")
+    backend = llm.engine.backend
+    assert isinstance(backend, SparseBackend) and llm.stats()["index_bytes"] == (
+        backend.index.bytes if backend.index else 0
+    )
+    assert 2**20 - llm.memory.page_bytes <= llm.pool.bytes + llm.stats()["index_bytes"] <= llm.memory.bytes <= 2**20
+
+
+def test_seats_are_paid_for_from_the_same_memory(tiny):
+    seats = 3 * (40 * 256 + 16)
+    llm = tiny(attention=Tova(40), max_num_seqs=2, page_size=8, kv_memory=seats + 5 * 8 * 256)
+    backend = llm.engine.backend
+    assert isinstance(backend, TovaBackend) and llm.memory.num_pages == 5 and llm.memory.fixed_bytes == seats
+    assert llm.pool.bytes + backend.k.nbytes + backend.v.nbytes + backend.victims.nbytes == llm.memory.bytes
+    with pytest.raises(ValueError, match=f"beside {seats:,} bytes of seats, but only 9,000 bytes are given"):
+        tiny(attention=Tova(40), max_num_seqs=2, page_size=8, kv_memory=9000)
+
+
+def test_the_gate_of_a_method(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    gates = {None: 4 * 96, 700: 700, 5: 96, 0: 96}
+    for given, gate in gates.items():
+        llm = tiny(attention=Quest(96, sink=2, recent=4, min_context=given), page_size=16)
+        assert llm.engine.backend.gate == gate and llm.engine.backend.dense_layers == 2
+
+
+def test_a_calibration_beside_the_model_is_used(tmp_path):
+    for file in build.embedded_models()["slipstream-draft"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    options = {"device": "cpu", "max_model_len": 256, "kv_memory": "8MiB"}
+    found = calibrate(LLM("slipstream-draft", attention="window", **options), ["What is 3 + 4?"])
+    found.save(tmp_path / FILE_NAME)
+    attention = {"method": "double_sparsity", "channels": 16}
+    llm = LLM(str(tmp_path), attention=attention, **options)
+    assert torch.equal(llm.engine.backend.index.labels(3).channels, found.channels(16)[3])
+    with pytest.raises(ValueError, match="is the calibration of slipstream-draft .*, not of slipstream-target"):
+        LLM("slipstream-target", attention=attention | {"calibration": str(tmp_path / FILE_NAME)}, **options)
+
+
+def test_flags_of_attention_methods():
+    @cli.engine_options
+    def command(engine: dict, block: int | None = None):
+        return engine["attention"], block
+
+    given = {option.name: option.default for option in fields(Options)}
+    flags = {name for config in ATTENTION.values() for name in config.__dataclass_fields__} - {"block"}
+    assert {"budget", "block_score", "calibration", "min_context"} < flags
+    given |= dict.fromkeys(flags)
+    assert command(**given, block=3) == ("full", 3)  # a command's own parameter stays its own
+    chosen = {"attention": "two_level", "budget": 512, "deviation": 0.5, "dense_layers": 0}
+    expected = {"method": "two_level", "budget": 512, "deviation": 0.5, "dense_layers": 0}
+    assert command(**(given | chosen), block=None)[0] == expected
+    with pytest.raises(ValueError, match="attention method 'quest' has no option 'channels'"):
+        command(**(given | {"attention": "quest", "channels": 8}), block=None)

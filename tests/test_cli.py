@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import SamplingParams, cli, tasks
+from slipstream import LLM, SamplingParams, benchmark, cli, tasks
 from slipstream.build import Options, embedded_models
 from slipstream.evaluation import parse_cell, read_log, run
 
@@ -133,6 +133,16 @@ def test_a_bad_line_of_a_file_is_named_before_any_work(slipstream, tmp_path, lin
     (["bench", "decode", "--batch", "1,x", *SMALL], "--batch takes comma-separated numbers, got '1,x'"),
     (["bench", "decode", "--context", "0", *SMALL], "--context takes positive numbers, got '0'"),
     (["bench", "decode", "--context", "4000", *SMALL], "do not fit max_model_len 2048"),
+    (["eval", "--protocol", "C"], "protocol must be A"),
+    (["eval", "--attention", "two_level", "--budget", "50"], "budget = 50 cannot hold sink + recent"),
+    (["compare", "--budgets", "2/1x"], "a budget is a fraction of the context (1/8) or a number of tokens"),
+    (["compare", "--methods", "qest"], "attention method 'qest' is unknown; did you mean 'quest'?"),
+    (["compare", "--attention", "quest"], "compare takes --methods instead of --attention"),
+    (["compare", "--tasks", ","], "no task is named"),
+    (["calibrate", "some/where"], "some/where is no directory here: say with --out where the file goes"),
+    (["bench", "crossover", *SMALL], "bench crossover needs a method that has min_context"),
+    (["bench", "crossover", "--attention", "window", "--longest", "9999", *SMALL], "--longest 9999 x batch 1 does"),
+    (["bench", "crossover", "--attention", "window", "--longest", "1500", *SMALL], "at least 2048 are needed"),
     (["bench", "decode", "--batch", "100", "--context", "64", *SMALL], "batch 100 exceeds max_num_seqs 64"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(slipstream, monkeypatch, arguments, words):
@@ -192,6 +202,89 @@ def test_eval_samples_several_chains(slipstream):
     assert [again[name] for name in ("accuracy", "output_tokens")] == [row["accuracy"], row["output_tokens"]]
 
 
+def test_eval_of_a_sparse_method_says_how_sparse_it_was(slipstream):
+    sparse = ("--attention", "two_level", "--budget", 96, "--min-context", 96, "--recent", 16)
+    arguments = ("eval", "--tasks", "needle_single", "--length", 256, "--samples", 1, "--protocol", "B")
+    code, out, err = slipstream(*arguments, *sparse, "-m", "slipstream-draft", *SMALL)
+    result = json.loads(out)
+    assert code == 0 and result["rows"][0]["cell"] == "needle_single num_tokens=256 protocol=B"
+    stats = result["stats"]
+    assert stats["sparse_steps"] > 15 and stats["density"] == pytest.approx(96 / 270, abs=0.02)
+    assert f"density {stats['density']:.3f}: {stats['tokens_attended']:,.0f} of" in err
+
+
+def test_compare(slipstream, tmp_path):
+    path, picture = tmp_path / "compared.json", tmp_path / "compared.png"
+    arguments = ("compare", "--methods", "full,window", "--budgets", "1/2,1/8", "--tasks", "needle_single", "--lengths",
+                 256, "--samples", 2, "--recent", 32, "--probe", 1, "--json", path, "--picture", picture,
+                 "-m", "slipstream-draft", *SMALL)  # fmt: skip
+    code, out, err = slipstream(*arguments)
+    result = json.loads(out)
+    assert code == 0 and json.loads(path.read_text()) == result and picture.read_bytes().startswith(b"\x89PNG")
+    assert [(row["method"], row["budget"], row["tokens"]) for row in result["rows"]] == [
+        ("full", "all", 0), ("window", "1/2", 128), ("window", "1/8", 32),
+    ]  # fmt: skip
+    table = " ".join(err.split("accuracy", 1)[1].split())
+    assert "cell method all 1/2 1/8" in table and "needle_single num_tokens=256 full 1.00" in table
+    assert "(1) skipped: budget = 32 cannot hold sink + recent + the newest token = 4 + 32 + 1" in table
+    assert "recall of the oracle's tokens, attention mass" in table and f"picture: {picture}" in table
+    assert len(read_log(path.with_suffix(".jsonl"))) == 4
+    again = json.loads(slipstream(*arguments)[1])
+    assert [row["accuracy"] for row in again["rows"][:2]] == [row["accuracy"] for row in result["rows"][:2]]
+    assert again["rows"][1]["stats"]["decode_tokens"] == 0  # all of it was in the log
+
+
+def test_calibrate_writes_what_double_sparsity_reads(slipstream, tmp_path):
+    path = tmp_path / "new" / "channels.safetensors"
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps({"prompt": PROBLEM.prompt}) + "\n" + json.dumps({"prompt_token_ids": [5, 6, 7]}) + "\n")
+    for arguments, prompts in ((("--prompts", 2), 2), (("--file", mine), 2)):
+        code, out, err = slipstream("calibrate", "slipstream-draft", "--device", "cpu", "--out", path, *arguments)
+        result = json.loads(out)
+        assert code == 0 and (result["prompts"], result["calibration"]) == (prompts, str(path))
+        assert f"{result['tokens']:,} tokens measured: {path}" in err
+    use = ("generate", "L001", "--raw", "--max-tokens", 2, "--attention", "double_sparsity", "--calibration", path)
+    assert slipstream(*use, "-m", "slipstream-draft", *SMALL)[0] == 0
+    code, _, err = slipstream(*use, "-m", "slipstream-target", *SMALL)
+    assert code == 2 and "is the calibration of slipstream-draft" in err and "not of slipstream-target" in err
+
+
+def test_bench_crossover_stores_what_it_found(slipstream, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
+    sparse = ("--attention", "window", "--budget", 80, "--batch", "1,2", "--longest", 400, "--steps", 4)
+    code, out, err = slipstream("bench", "crossover", *sparse, "-m", "slipstream-draft", *SMALL)
+    result = json.loads(out)
+    assert code == 0 and set(result["crossover"]) == {"1", "2"} and "decode step, ms" in err
+    assert {(p["batch"], p["context"]) for p in result["points"]} >= {(1, 160), (2, 160)}
+    assert all(80 < p["context"] <= 400 and p["dense_ms"] > 0 for p in result["points"])
+    found = [tokens or 2048 for tokens in result["crossover"].values()]
+    assert result["stored"] == max(found)
+    (entry,) = json.loads((tmp_path / "crossover.json").read_text()).items()
+    assert entry[1] == result["stored"] and "| window | budget 80" in entry[0]
+
+
+@pytest.mark.parametrize("even, found", [(700, True), (90, True), (10_000, False)])
+def test_a_crossover_is_bisected(monkeypatch, even, found):
+    """On a machine where a dense step costs by its context and a sparse one as much as ``even`` tokens."""
+    llm = LLM("slipstream-draft", attention={"method": "window", "budget": 80}, device="cpu", kv_memory="16MiB")
+    backend = llm.engine.backend
+    own_gate = backend.gate
+
+    def decode_times(llm, batch, context, steps, **_):
+        sparse = backend.gate == 80
+        backend._counts["sparse_steps"] += sparse
+        return benchmark.DecodeTimes([1e-3 * (even if sparse else context)] * steps, [], 0.0, 0)
+
+    monkeypatch.setattr(benchmark, "decode_times", decode_times)
+    rows = []
+    crossover = benchmark.find_crossover(llm, 1, 1500, 4, rows)
+    assert (crossover is not None) == found and backend.gate == own_gate
+    if crossover is not None:
+        assert even <= crossover <= even * benchmark.CROSSOVER_RATIO and 3 <= len(rows) <= 8
+    else:
+        assert [row["context"] for row in rows] == [160, 320, 640, 1280, 1500]
+
+
 def test_bench_decode(slipstream, tmp_path):
     path = tmp_path / "new" / "bench.json"
     grid = ("--batch", "1,3", "--context", "32,64", "--steps", 4)
@@ -213,19 +306,23 @@ def test_models(slipstream, monkeypatch):
         assert f"{name}: Qwen3ForCausalLM" in out and str(path) in out
 
 
-@pytest.mark.parametrize("command", [["generate"], ["eval"], ["bench", "decode"]], ids=" ".join)
+COMMANDS = [["generate"], ["eval"], ["compare"], ["bench", "decode"], ["bench", "crossover"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_lists_every_engine_option(slipstream, command):
     code, out, _ = slipstream(*command, "--help")
     assert code == 0
     for option in fields(Options):
         assert f"--{option.name.replace('_', '-')} " in out, option.name
-    own = {"generate": ["--file", "--out", "--stop", "--request-seed"], "eval": ["--tasks", "--json", "--log"]}
-    assert all(flag in out for flag in own.get(command[0], ["--batch", "--context", "--steps"]))
+    own = {"generate": ["--file", "--out", "--stop", "--request-seed"], "eval": ["--tasks", "--json", "--log"],
+           "compare": ["--methods", "--budgets", "--probe", "--picture"]}  # fmt: skip
+    assert all(flag in out for flag in own.get(command[0], ["--batch", "--steps", "--json"]))
 
 
 def test_help_of_the_rest(slipstream):
     code, out, _ = slipstream("--help")
-    assert code == 0 and all(word in out for word in ("generate", "eval", "bench", "models", "demo"))
+    assert code == 0 and all(word in out for word in ("generate", "eval", "compare", "calibrate", "bench", "models"))
     assert slipstream("models", "--help")[0] == slipstream("bench", "--help")[0] == slipstream("demo", "--help")[0] == 0
 
 

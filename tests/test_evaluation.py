@@ -5,7 +5,7 @@ import json
 import pytest
 
 from slipstream import SamplingParams, tasks
-from slipstream.evaluation import Answer, Cell, parse_cell, read_log, run, summary
+from slipstream.evaluation import Answer, Cell, parse_cell, prompt_ids, read_log, run, split_prompt, summary
 
 SHORT = [Cell("program", (("steps", 3),), 2), Cell("needle_single", (("num_tokens", 200),), 2)]
 
@@ -57,6 +57,57 @@ def test_names_and_seeds_of_problems():
     prompts = [cell.problem(index, seed).prompt for seed in (0, 1) for index in range(3)]
     assert len(set(prompts)) == 6
     assert cell.problem(2, 1) == parse_cell("program:steps=5", None, 3).problem(2, 1)
+
+
+def test_a_protocol_is_part_of_the_name():
+    assert parse_cell("program:steps=5", None, 3, "B").name == "program steps=5 protocol=B"
+    with pytest.raises(ValueError, match="protocol must be A .* or B .*, not 'C'"):
+        parse_cell("program", None, 3, "C")
+
+
+# prompts of protocol B
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_split_prompt_is_the_same_prompt(draft, task):
+    problem = tasks.make(task, 3)
+    split, ids = split_prompt(draft, problem), prompt_ids(draft, problem)
+    assert split["prompt_token_ids"] == ids
+    tokenizer = draft.codec.tokenizer
+    head, tail = (tokenizer.decode(part) for part in (ids[: split["dense_tokens"]], ids[split["dense_tokens"] :]))
+    assert head == "<|im_start|>user\n" + problem.context
+    assert tail == problem.question + "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_token_across_the_border_is_not_dense(draft):
+    """Only tokens that lie entirely before the question are."""
+    whole = tasks.make("needle_single", 0, num_tokens=200)
+    cut = tasks.Problem(whole.task, whole.prompt[:-10], whole.prompt[-10:], whole.answer, whole.completion)
+    split, text = split_prompt(draft, cut), "<|im_start|>user\n" + cut.context
+    dense = draft.codec.tokenizer.decode(split["prompt_token_ids"][: split["dense_tokens"]])
+    assert text.startswith(dense) and 0 < len(text) - len(dense) < 10
+
+
+def test_protocol_b_refuses_what_it_cannot_split(draft, monkeypatch):
+    problem = tasks.make("needle_single", 0, num_tokens=200)
+    monkeypatch.setattr(draft.codec.tokenizer, "chat_template", "{{ messages[0]['content'] | upper }}")
+    with pytest.raises(ValueError, match="the chat template of slipstream-draft changes the prompt"):
+        split_prompt(draft, problem)
+    monkeypatch.setattr(draft.codec, "tokenizer", object())
+    with pytest.raises(ValueError, match="needs a fast tokenizer"):
+        split_prompt(draft, problem)
+
+
+def test_full_attention_answers_alike_by_both_protocols(draft):
+    by_a, by_b = (run(draft, [Cell("needle_single", (("num_tokens", 200),), 2, p)], keep_text=True) for p in "AB")
+    assert [a.texts for a in by_a] == [b.texts for b in by_b] and by_a[0].key != by_b[0].key
+
+
+def test_a_cell_may_bound_its_chains(draft):
+    bounded = Cell("program", (("steps", 3),), 1, max_tokens=7)
+    (short,), (whole,) = run(draft, [bounded]), run(draft, [Cell("program", (("steps", 3),), 1)])
+    assert (short.output_tokens, short.finish) == (7, ["length"]) and whole.output_tokens > 7
+    assert short.key != whole.key
 
 
 # runs

@@ -26,18 +26,45 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": {"*"},
     "llm": {"build", "types", "text", "engine"},
     "evaluation": {"llm", "types", "tasks"},
-    "benchmark": {"llm", "types", "engine"},
+    "benchmark": {"build", "llm", "types", "engine", "attention", "selection"},
+    "compare": {"build", "llm", "types", "tasks", "evaluation", "attention"},
+    "console": {"llm"},
+    "cli_sparse": {"build", "console", "compare", "evaluation", "benchmark", "tasks", "attention"},
     "demo": {"llm", "types", "tasks", "evaluation"},
-    "cli": {"build", "llm", "types", "evaluation", "benchmark", "demo", "tasks"},
-    "server": {"build", "llm", "types"},
+    "scaling": {"atts", "llm", "text", "types"},
+    "cli_scale": {"atts", "console", "scaling", "types"},
+    "cli": {
+        "build",
+        "llm",
+        "types",
+        "evaluation",
+        "benchmark",
+        "demo",
+        "tasks",
+        "console",
+        "cli_scale",
+        "cli_serve",
+        "cli_sparse",
+    },
+    "server": {"build", "llm", "types", "text"},
+    "cli_serve": {"build", "console", "server", "types"},
     "__init__": {"*"},
     "__main__": {"cli"},
 }
-NEVER_BELOW_BUILD = {"build", "llm", "cli", "server", "evaluation", "demo", "__init__"}
+NEVER_BELOW_BUILD = {"build", "llm", "cli", "cli_scale", "scaling", "server", "evaluation", "demo", "__init__"}
 
 # by-law (b): these appear only where time is somebody's business
 TIME_MODULES = {"threading", "asyncio", "torch.distributed", "queue"}
-TIME_ROOMS = {"overlap", "asyncspade/channel", "engine/asynchronous", "atts/pipeline", "server", "llm"}
+TIME_ROOMS = {
+    "overlap",
+    "asyncspade/channel",
+    "engine/asynchronous",
+    "atts/pipeline",
+    "atts/servers",
+    "scaling",
+    "server",
+    "llm",
+}
 
 
 def room_of(path: Path) -> str:
@@ -103,7 +130,7 @@ def test_the_rule_can_fail(monkeypatch):
 
 
 def test_files_stay_readable():
-    """Complexity has a budget: no file of the package beyond 400 lines, the package under 10,000."""
+    """Complexity has a budget: no file of the package beyond 400 lines, and so many in all (docs/architecture.md)."""
     lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
     assert {str(p): n for p, n in lines.items() if n > 400} == {}
-    assert sum(lines.values()) < 10_000
+    assert sum(lines.values()) < 17_500

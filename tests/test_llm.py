@@ -58,6 +58,19 @@ def test_the_draft_is_fluent(draft):
 # prompts and parameters
 
 
+def test_a_prompt_may_be_dense_only_up_to_a_point(draft):
+    """The rest runs as decode steps, which full attention cannot tell apart."""
+    ids = program(draft)
+    expected, before = draft.generate(ids, greedy(20)), draft.stats()
+    for dense in (1, len(ids) - 7, len(ids)):
+        found = draft.generate({"prompt_token_ids": ids, "dense_tokens": dense}, greedy(20))
+        assert chain(found[0]).token_ids == chain(expected[0]).token_ids
+    assert draft.stats()["steps"] - before["steps"] > (len(ids) - 1) + 7 + 3 * 15
+    for dense in (0, len(ids) + 1, 2.5):
+        with pytest.raises(ValueError, match=rf"dense_tokens = {dense} .* 1\.\.{len(ids)}"):
+            draft.generate({"prompt_token_ids": ids, "dense_tokens": dense}, greedy(20))
+
+
 def test_prompts_of_every_kind_give_the_same(target):
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     ids = target.encode(text)

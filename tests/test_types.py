@@ -63,5 +63,5 @@ def test_metrics():
 
 def test_batch_knows_its_longest_query():
     none = torch.zeros(0)
-    batch = Batch(none, none, none, none, none, none, none, [9, 4, 7], [0, 2, 3, 8], [[1], [2], [3]])
-    assert batch.max_query == 5 and batch.num_requests == 3
+    batch = Batch(*[none] * 8, [9, 4, 7], [0, 2, 3, 8], [[1], [2], [3]], num_decodes=0)
+    assert batch.max_query == 5 and batch.num_requests == 3 and not batch.is_decode

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slipstream.attention import crossover
+from slipstream.attention.sparse import SparseBackend
+from slipstream.build import method_of, parse_attention
 from slipstream.engine.request import Request
 from slipstream.llm import LLM
+from slipstream.selection.selector import Budgeted
 from slipstream.types import SamplingParams
+
+CROSSOVER_RATIO = 1.12  # how close a bisection comes
+LONGEST = {"cpu": 4096, "cuda": 131072}
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,14 @@ def random_prompts(vocab_size: int, batch: int, length: int, seed: int) -> list[
     return [rng.integers(0, vocab_size, length).tolist() for _ in range(batch)]
 
 
-def decode_times(llm: LLM, batch: int, context: int, steps: int, *, seed: int = 0, warmup: int = 8) -> DecodeTimes:
+def decode_times(
+    llm: LLM, batch: int, context: int, steps: int, *, seed: int = 0, warmup: int = 8,
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> DecodeTimes:  # fmt: skip
     """Time ``steps`` decode steps of ``batch`` chains, the first of them at ``context`` tokens of KV.
 
-    Every step decodes all chains: this is asserted. The requests are cancelled at the end and their pages freed.
+    prompts: at least ``batch`` of ``context`` tokens, cut to what is needed; by default random ones. Every step decodes
+    all chains: this is asserted. The requests are cancelled at the end and their pages freed.
     """
     engine = llm.engine
     # one token comes from the prefill, `warmup` steps follow untimed
@@ -46,8 +58,9 @@ def decode_times(llm: LLM, batch: int, context: int, steps: int, *, seed: int = 
     # chains that are prefilled first decode while the others are prefilled, at most one token per prefill step
     ahead = batch * (2 + prompt_length // llm.options.max_batch_tokens)
     params = SamplingParams(temperature=0.0, max_tokens=ahead + warmup + steps + 4, ignore_eos=True)
-    prompts = random_prompts(llm.spec.vocab_size, batch, prompt_length, seed)
-    requests = [Request(prompt, params) for prompt in prompts]
+    if prompts is None:
+        prompts = random_prompts(llm.spec.vocab_size, batch, prompt_length, seed)
+    requests = [Request(prompt[:prompt_length], params) for prompt in prompts[:batch]]
     before = engine.stats()
     start = time.perf_counter()
     try:
@@ -103,3 +116,76 @@ def decode_grid(llm: LLM, batches: Sequence[int], contexts: Sequence[int], steps
                 }
             )
     return rows
+
+
+def find_crossover(
+    llm: LLM,
+    batch: int,
+    longest: int | None,
+    steps: int,
+    rows: list[dict[str, Any]],
+    progress: Callable[[str], object] = lambda text: None,
+) -> int | None:
+    """The context length from which on a step of ``batch`` chains is faster sparse than dense; None up to ``longest``.
+
+    Contexts double from twice the budget, then bisect; both ways run in one engine, whose gate is moved, over the same
+    prompts, whose KV is reused. A row per point is added to ``rows``: the first quartile of the steps' times in ms, for
+    noise only adds, and their ratio. Raises ``ValueError`` for a method without a gate and a length that does not fit.
+    """
+    backend = llm.engine.backend
+    if not isinstance(backend, SparseBackend):
+        raise ValueError("bench crossover needs a method that has min_context, e.g. --attention two_level")
+    low = budget = _budget(llm)
+    longest = _longest(llm, batch, longest, steps, 2 * budget)
+    prompts = random_prompts(llm.spec.vocab_size, batch, longest, 0)
+
+    def is_faster(context: int) -> bool:
+        progress(f"batch {batch}, context {context}")
+        times: dict[str, list[float]] = {"dense_ms": [], "sparse_ms": []}
+        for _ in range(2):  # in turns: another process on the machine must not decide
+            for name, gate in (("dense_ms", llm.spec.max_position), ("sparse_ms", budget)):
+                backend.gate = gate
+                before = llm.stats()["sparse_steps"]
+                times[name] += decode_times(llm, batch, context, -(-steps // 2), warmup=4, prompts=prompts).steps_s
+                assert (llm.stats()["sparse_steps"] > before) == (gate == budget), f"{name} was not what it says"
+        ms = {name: 1e3 * statistics.quantiles(taken, n=4)[0] for name, taken in times.items()}
+        rows.append({"batch": batch, "context": context, **ms, "speedup": ms["dense_ms"] / ms["sparse_ms"]})
+        return ms["sparse_ms"] <= ms["dense_ms"]
+
+    own_gate = backend.gate
+    try:
+        high = 2 * budget
+        while not is_faster(high):
+            if high == longest:
+                return None
+            low, high = high, min(2 * high, longest)
+        while high > CROSSOVER_RATIO * low:
+            middle = round((low * high) ** 0.5)
+            low, high = (low, middle) if is_faster(middle) else (middle, high)
+        return high
+    finally:
+        backend.gate = own_gate
+
+
+def _longest(llm: LLM, batch: int, longest: int | None, steps: int, least: int) -> int:
+    """The longest context to try: what was asked for, or what fits the engine and is reasonable on its device."""
+    room = 2 * steps + 3 * llm.options.page_size
+    fits = min(llm.spec.max_position, llm.memory.num_tokens // batch) - room
+    chosen = min(LONGEST[llm.device.type], fits) if longest is None else longest
+    if chosen > fits:
+        raise ValueError(f"--longest {chosen} x batch {batch} does not fit: {fits} tokens do ({llm.memory})")
+    if chosen < least:
+        raise ValueError(f"contexts up to {chosen} are too short for this budget: at least {least} are needed")
+    return chosen
+
+
+def store_crossover(llm: LLM, tokens: int) -> Path:
+    """Make ``tokens`` the default ``min_context`` of this method, budget and model shape on this machine."""
+    method = method_of(parse_attention(llm.options.attention))
+    return crossover.store(llm.device, llm.spec, method, _budget(llm), tokens)
+
+
+def _budget(llm: LLM) -> int:
+    config = parse_attention(llm.options.attention)
+    assert isinstance(config, Budgeted), "a gated method has a budget"
+    return config.budget

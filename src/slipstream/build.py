@@ -6,29 +6,51 @@ derives its flags from them, and every misspelled name is answered with the near
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slipstream.attention import crossover
 from slipstream.attention.backend import AttentionBackend
+from slipstream.attention.calibration import FILE_NAME, Calibration, ModelIdentity
 from slipstream.attention.dense import DenseBackend, Full
 from slipstream.attention.flashinfer import FlashInferBackend, flashinfer_supports
+from slipstream.attention.sparse import SparseBackend
+from slipstream.attention.tova import TovaBackend
 from slipstream.engine.engine import Engine, EngineConfig
+from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.plan import MemoryPlan, parse_bytes, plan_memory
 from slipstream.kvcache.pool import KVPool
 from slipstream.models.checkpoint import locate
 from slipstream.models.decoder import CausalLM
 from slipstream.models.weights import load_model
+from slipstream.selection.double_sparsity import DoubleSparsity
+from slipstream.selection.oracle import Oracle
+from slipstream.selection.quest import Quest
+from slipstream.selection.selector import Budgeted
+from slipstream.selection.tova import Tova
+from slipstream.selection.two_level import TwoLevel
+from slipstream.selection.window import Window
 from slipstream.text import Codec
 from slipstream.types import ModelSpec, nearest, options, reject_unknown
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "slipstream-target"
-ATTENTION: dict[str, type[Full]] = {"full": Full}
+Attention = Full | Budgeted | Tova
+ATTENTION: dict[str, type[Attention]] = {
+    "full": Full,
+    "window": Window,
+    "oracle": Oracle,
+    "quest": Quest,
+    "double_sparsity": DoubleSparsity,
+    "tova": Tova,
+    "two_level": TwoLevel,
+}
 DENSE_KERNELS = ("auto", "flashinfer", "triton", "reference")
 
 
@@ -41,8 +63,10 @@ def _option(default: Any, text: str) -> Any:
 class Options:
     """Everything that can be set when a model is loaded."""
 
-    attention: str | dict[str, Any] | Full = _option(
-        "full", "attention method: a name, a dict with 'method', or a config"
+    attention: str | dict[str, Any] | Attention = _option(
+        "full",
+        "'full', 'window', 'oracle', 'quest', 'double_sparsity', 'tova' or 'two_level'; in Python also a dict with "
+        "'method' and options, or a config such as TwoLevel(budget=512)",
     )
     device: str | None = _option(None, "'cuda', 'cuda:1', 'cpu'; default: a GPU where there is one")
     dtype: str = _option("auto", "'auto' (the config's on a GPU, float32 on CPU), 'float32', 'bfloat16'")
@@ -81,6 +105,7 @@ class Parts:
     engine: Engine
     codec: Codec | None
     name: str
+    identity: ModelIdentity
 
 
 def embedded_models() -> dict[str, Path]:
@@ -102,9 +127,12 @@ def find_model(model: Any) -> Any:
     return model
 
 
-def parse_attention(attention: Any) -> Full:
-    """A method's name, a dict ``{"method": name, **options}``, or a config object, to a config object."""
-    if isinstance(attention, Full):
+def parse_attention(attention: Any) -> Attention:
+    """A method's name, a dict ``{"method": name, **options}``, or a config object, to a config object.
+
+    ``ValueError`` for a method or a value that cannot be, ``TypeError`` for an option that the method does not have.
+    """
+    if isinstance(attention, Attention):
         return attention
     if isinstance(attention, str):
         attention = {"method": attention}
@@ -115,8 +143,16 @@ def parse_attention(attention: Any) -> Full:
         raise ValueError(f"attention method {method!r} is unknown; {nearest(method, ATTENTION)}")
     given = {name: value for name, value in attention.items() if name != "method"}
     config = ATTENTION[method]
-    reject_unknown(f"attention method {method!r}", given, getattr(config, "__dataclass_fields__", {}))
+    names = [option.name for option in fields(config)]
+    if given and not names:
+        raise TypeError(f"attention method {method!r} has no option {next(iter(given))!r}: it has none")
+    reject_unknown(f"attention method {method!r}", given, names)
     return config(**given)
+
+
+def method_of(config: Attention) -> str:
+    """The name of a config's method."""
+    return next(name for name, kind in ATTENTION.items() if kind is type(config))
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -141,8 +177,8 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         raise ValueError("kernels='reference' looks at the host inside a step and is for device='cpu' only")
 
 
-def make_backend(config: Full, kernels: str, pool: KVPool, spec: ModelSpec, device: torch.device) -> AttentionBackend:
-    """The method of ``config``. Dense: FlashInfer where installed and fit for the shape, else our kernels."""
+def dense_backend(kernels: str, pool: KVPool, spec: ModelSpec, device: torch.device) -> AttentionBackend:
+    """FlashInfer where installed and fit for the shape, else our kernels."""
     if device.type == "cpu":
         return DenseBackend(pool, spec)
     installed = find_spec("flashinfer") is not None
@@ -154,11 +190,60 @@ def make_backend(config: Full, kernels: str, pool: KVPool, spec: ModelSpec, devi
     return FlashInferBackend(pool, spec)
 
 
+def make_backend(
+    config: Attention, dense: AttentionBackend, pool: KVPool, spec: ModelSpec, num_seats: int, calibration: Calibration
+) -> AttentionBackend:
+    """The method of ``config``, over ``dense`` where it is dense. A calibration without tokens is made on the way."""
+    if isinstance(config, Tova):
+        return TovaBackend(pool, spec, dense, config, num_seats)
+    if isinstance(config, Full):
+        return dense
+    parts, index, online = config.index, None, None
+    if parts is not None:
+        known = calibration.num_tokens > 0 and parts.num_channels > 0
+        index = KeyIndex(pool, parts, calibration.channels(parts.num_channels) if known else None)
+        online = calibration if parts.num_channels and not known else None
+    at = crossover.gate(pool.device, spec, method_of(config), config.budget, config.min_context)
+    selector = config.selector(pool, spec, index)
+    return SparseBackend(pool, spec, index, selector, dense, at, config.dense_layers, config.unread, online)
+
+
+def find_calibration(config: Attention, source: Any, identity: ModelIdentity, device: torch.device) -> Calibration:
+    """The one that the user names, else the one in the model's directory, else one without tokens."""
+    path = getattr(config, "calibration", None)
+    if path is None and isinstance(source, Path) and (source / FILE_NAME).exists():
+        path = source / FILE_NAME
+    return Calibration(identity, device) if path is None else Calibration.load(path, identity, device)
+
+
+def identify(network: CausalLM, spec: ModelSpec, name: str) -> ModelIdentity:
+    """Tells models of one shape apart by some of their weights, whatever precision they are loaded in."""
+    digest = hashlib.sha256()
+    for weight in (network.embedding, network.layers[-1].down.dense_weight()):
+        digest.update(weight[:8].bfloat16().float().cpu().numpy().tobytes())
+    return ModelIdentity.of(name, spec, digest.hexdigest()[:16])
+
+
+def extra_bytes(config: Attention, spec: ModelSpec, num_seats: int) -> tuple[int, int]:
+    """What a method keeps beside K and V: bytes for each token of the pool, and bytes whatever its size.
+
+    Raises ``ValueError`` for a method that does not fit the model.
+    """
+    if isinstance(config, Tova):
+        return 0, TovaBackend.seat_bytes(spec, config.budget, num_seats)
+    if isinstance(config, Full):
+        return 0, 0
+    config.check_model(spec)
+    return (0 if config.index is None else config.index.bytes_per_token(spec)), 0
+
+
 def build(model: Any, chosen: Options) -> Parts:
     """Everything that decoding needs, wired. A mistake raises ``ValueError`` before anything large is allocated."""
     config = parse_attention(chosen.attention)
     device = choose_device(chosen.device)
     check_kernels(chosen.kernels, device)
+    if isinstance(config, Budgeted):
+        config.check_page_size(chosen.page_size)
     source = find_model(model)
     if isinstance(source, (str, Path)):
         source = locate(source, with_weights=chosen.load_format == "auto")
@@ -170,6 +255,10 @@ def build(model: Any, chosen: Options) -> Parts:
         max_model_len=chosen.max_model_len,
         seed=chosen.seed,
     )
+    name = str(model) if isinstance(model, (str, Path)) else spec.architecture
+    identity = identify(network, spec, name)
+    calibration = find_calibration(config, source, identity, device)
+    per_token, fixed = extra_bytes(config, spec, chosen.max_num_seqs)
     codec = Codec.load(source) if isinstance(source, Path) else None
     engine_config = EngineConfig(
         max_num_seqs=chosen.max_num_seqs,
@@ -185,6 +274,8 @@ def build(model: Any, chosen: Options) -> Parts:
         kv_memory=chosen.kv_memory,
         device=device,
         reserve_bytes=activation_bytes(spec, chosen.max_batch_tokens),
+        extra_bytes_per_token=per_token,
+        fixed_bytes=fixed,
     )
     pool = KVPool(
         spec.num_layers,
@@ -195,10 +286,10 @@ def build(model: Any, chosen: Options) -> Parts:
         dtype=spec.dtype,
         device=device,
     )
-    backend = make_backend(config, chosen.kernels, pool, spec, device)
+    dense = dense_backend(chosen.kernels, pool, spec, device)
+    backend = make_backend(config, dense, pool, spec, chosen.max_num_seqs, calibration)
     engine = Engine(network, spec, pool, backend, engine_config)
-    name = str(model) if isinstance(model, (str, Path)) else spec.architecture
-    return Parts(network, spec, memory, pool, backend, engine, codec, name)
+    return Parts(network, spec, memory, pool, backend, engine, codec, name, identity)
 
 
 def activation_bytes(spec: ModelSpec, max_batch_tokens: int) -> int:

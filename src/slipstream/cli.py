@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from slipstream.build import DEFAULT_MODEL, Options, embedded_models
+from slipstream import cli_scale, cli_serve, cli_sparse
+from slipstream.build import ATTENTION, DEFAULT_MODEL, Options, embedded_models, parse_attention
+from slipstream.console import (
+    Model,
+    err,
+    ids_of,
+    load,
+    numbers,
+    print_table,
+    progress_bar,
+    read_requests,
+    write_result,
+)
 from slipstream.types import SamplingParams
 
 app = typer.Typer(
@@ -26,13 +34,28 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-err = Console(stderr=True)
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Embedded model, directory or hub id.")]
+
+def _attention_flags() -> dict[str, inspect.Parameter]:
+    """One flag per option of any attention method; None leaves it to the method that is chosen."""
+    flags: dict[str, inspect.Parameter] = {}
+    for config in ATTENTION.values():
+        kinds = get_type_hints(config)
+        for option in fields(config):
+            flag = typer.Option(help=option.metadata["help"], rich_help_panel="Attention")
+            kind: Any = kinds[option.name] | None
+            parameter = inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, flag]
+            )
+            flags.setdefault(option.name, parameter)
+    return flags
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add one flag per field of ``Options`` to a command that takes ``engine: dict`` as its last parameter."""
+    """Add flags to a command that takes ``engine: dict``: the fields of ``Options``, and those of attention methods.
+
+    The latter end up in ``engine["attention"]``; a command's own parameter of the same name takes its place.
+    """
     own = inspect.signature(command)
     hints = get_type_hints(command, include_extras=True)
     parameters = [p.replace(annotation=hints[p.name]) for n, p in own.parameters.items() if n != "engine"]
@@ -48,47 +71,24 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             )
         )
 
+    attention = {name: flag for name, flag in _attention_flags().items() if name not in own.parameters}
+    parameters += attention.values()
+
     @functools.wraps(command)
     def wrapper(**given: Any) -> Any:
         engine = {option.name: given.pop(option.name) for option in fields(Options)}
+        own_to_method = {name: value for name in attention if (value := given.pop(name)) is not None}
+        if own_to_method:
+            engine["attention"] = {"method": engine["attention"], **own_to_method}
+            try:
+                parse_attention(engine["attention"])
+            except TypeError as error:  # an option that the method does not have
+                raise ValueError(str(error)) from None
         return command(**given, engine=engine)
 
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
-
-
-def load(model: str, engine: dict[str, Any]) -> Any:
-    from slipstream.llm import LLM
-
-    with err.status(f"loading {escape(model)}"):
-        llm = LLM(model, **engine)
-    err.print(f"[dim]{escape(llm.name)} on {llm.device}: {llm.memory}[/dim]", soft_wrap=True)
-    return llm
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
-    )
-
-
-def read_requests(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """JSON lines with their numbers, each with ``prompt`` (text), ``messages`` (chat) or ``prompt_token_ids``."""
-    kinds = {"prompt": str, "messages": list, "prompt_token_ids": list}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        found = [kind for kind in kinds if kind in request] if isinstance(request, dict) else []
-        if len(found) != 1:
-            raise ValueError(f"{path}, line {number}: needs an object with exactly one of {', '.join(kinds)}")
-        if not isinstance(request[found[0]], kinds[found[0]]):
-            raise ValueError(f"{path}, line {number}: {found[0]} must be a {kinds[found[0]].__name__}")
-        yield number, request
 
 
 @app.command()
@@ -147,24 +147,18 @@ def _answer_file(
     raw: bool,
     out: Path | None,
 ) -> None:
-    def ids_of(number: int, request: dict[str, Any]) -> list[int]:
+    def checked(number: int, request: dict[str, Any]) -> list[int]:
         try:
-            if "prompt_token_ids" in request:
-                ids = request["prompt_token_ids"]
-            elif "messages" in request:
-                ids = llm.codec.chat(request["messages"])
-            else:
-                ids = llm.encode(request["prompt"], chat=not raw)
-            return llm.check(ids, params).prompt_ids
+            return llm.check(ids_of(llm, request, chat=not raw), params).prompt_ids
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
 
     def prompts() -> Iterator[tuple[int, list[int], SamplingParams]]:
         for i, (number, request) in enumerate(requests):
-            yield i, ids_of(number, request), params
+            yield i, checked(number, request), params
 
     for number, request in requests:  # a bad line is found before any work
-        ids_of(number, request)
+        checked(number, request)
     sink = out.open("w", encoding="utf-8") if out else sys.stdout
     try:
         with progress_bar() as bar:
@@ -190,6 +184,7 @@ def evaluate(
     ] = "program:steps=50",
     model: Model = DEFAULT_MODEL,
     length: Annotated[int | None, typer.Option(help="Prompt length in tokens of the tasks that have one.")] = None,
+    protocol: Annotated[str, typer.Option(help="A: prompts are dense. B: only their contexts (docs/tasks.md).")] = "A",
     samples: Annotated[int, typer.Option(help="Problems per task.")] = 100,
     n: Annotated[int, typer.Option(help="Chains per problem (temperature > 0), for pass@n.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -200,7 +195,7 @@ def evaluate(
     """Accuracy of a model on tasks whose answers can be checked. Resumable with --log."""
     from slipstream import evaluation
 
-    cells = [evaluation.parse_cell(text, length, samples) for text in tasks.split(",") if text.strip()]
+    cells = [evaluation.parse_cell(text, length, samples, protocol) for text in tasks.split(",") if text.strip()]
     if not cells:
         raise ValueError("--tasks names no task, e.g. program:steps=50")
     params = SamplingParams(n=n, temperature=temperature, max_tokens=None, seed=0)
@@ -222,29 +217,15 @@ def evaluate(
         raise
     rows = evaluation.summary(answers)
     print_table("accuracy", rows)
-    result = {"model": llm.name, "attention": str(engine["attention"]), "rows": rows, "stats": llm.stats()}
-    line = json.dumps(result, default=str)
-    if json_out:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(line + "\n", encoding="utf-8")
-    print(line)
-
-
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """A dozen columns have to fit a terminal of 80: names break at underscores, and nothing is cut off."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
-    columns = []
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name, "") for row in rows]
-        columns.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in values])
-        if name == "cell":
-            longest = max(len(word) for text in columns[-1] for word in text.split())
-            table.add_column(name, width=longest if err.width < 120 else None)
-        else:
-            table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
-    for cells in zip(*columns, strict=True):
-        table.add_row(*map(escape, cells))
-    err.print(table)
+    stats = llm.stats()
+    if stats.get("sparse_steps"):
+        attended, context = (f"{stats[name]:,.0f}" for name in ("tokens_attended", "tokens_in_context"))
+        rows_of_both = f"{stats['sparse_rows']:,} sparse and {stats['dense_rows']:,} dense rows"
+        index = f"index {stats['index_bytes'] / 2**20:.1f} MiB"
+        text = f"density {stats['density']:.3f}: {attended} of {context} tokens attended, {rows_of_both}, {index}"
+        err.print(text, highlight=False, soft_wrap=True)
+    result = {"model": llm.name, "attention": str(engine["attention"]), "rows": rows, "stats": stats}
+    write_result(result, json_out)
 
 
 @bench.command("decode")
@@ -260,25 +241,19 @@ def bench_decode(
     """Time per output token over batch sizes and context lengths, with random prompts."""
     from slipstream.benchmark import decode_grid
 
-    batches, contexts = _numbers(batch, "batch"), _numbers(context, "context")
+    batches, contexts = numbers(batch, "batch"), numbers(context, "context")
     llm = load(model, engine)
     rows = decode_grid(llm, batches, contexts, steps)
     print_table("decode", rows)
-    line = json.dumps({"benchmark": "decode", "model": llm.name, "device": str(llm.device), "points": rows})
-    if json_out:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    write_result({"benchmark": "decode", "model": llm.name, "device": str(llm.device), "points": rows}, json_out)
 
 
-def _numbers(text: str, flag: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--{flag} takes comma-separated numbers, got {text!r}") from error
-    if min(numbers) < 1:
-        raise ValueError(f"--{flag} takes positive numbers, got {text!r}")
-    return numbers
+app.command()(engine_options(cli_sparse.compare))
+app.command()(cli_sparse.calibrate)
+bench.command("crossover")(engine_options(cli_sparse.crossover))
+app.command()(engine_options(cli_serve.serve))
+bench.command("serve")(cli_serve.bench_serve)
+app.add_typer(cli_scale.app, name="scale")
 
 
 @app.command()

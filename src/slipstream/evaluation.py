@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import statistics
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,18 +21,30 @@ from slipstream.llm import LLM
 from slipstream.types import RequestOutput, SamplingParams, nearest
 
 _LINE_START = b'{"key": "'
+_MOST_PROMPTS = 8192
+_prompts: dict[Any, Any] = {}
+PROTOCOLS = ("A", "B")
 LENGTH_TASKS = ("needle", "variable_tracking", "common_words", "frequent_words", "program_spread")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of an evaluation: a task with its parameters, and how many problems of it."""
+    """One cell of an evaluation: a task with its parameters, and how many problems of it.
+
+    protocol: ``"A"`` or ``"B"``, see docs/tasks.md. max_tokens: most tokens of a chain, where it is not the run's.
+    """
 
     task: str
     parameters: tuple[tuple[str, Any], ...] = ()
     samples: int = 100
+    protocol: str = "A"
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"protocol must be A (the prompt is dense) or B (only the context is), not {self.protocol!r}"
+            )
         if self.task not in tasks.TASKS:
             raise ValueError(f"unknown task {self.task!r}; {nearest(self.task, tasks.TASKS)}")
         if self.samples < 1:
@@ -43,7 +56,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return " ".join([self.task, *(f"{k}={v}" for k, v in self.parameters)])
+        protocol = [] if self.protocol == "A" else [f"protocol={self.protocol}"]
+        return " ".join([self.task, *(f"{k}={v}" for k, v in self.parameters), *protocol])
 
     def problem(self, index: int, seed: int) -> tasks.Problem:
         return tasks.make(self.task, seed * 1_000_003 + index, **dict(self.parameters))
@@ -65,18 +79,23 @@ class Answer:
     texts: list[str] = field(default_factory=list)
 
 
-def parse_cell(text: str, length: int | None, samples: int) -> Cell:
+def parse_cell(text: str, length: int | None, samples: int, protocol: str = "A") -> Cell:
     """``"program:steps=50"`` to a :class:`Cell`; ``length`` becomes ``num_tokens`` of the tasks that have a length."""
+    name, given = parse_name(text, "task:parameter=value, e.g. program:steps=50")
+    length_given = {"num_tokens": length} if length is not None and name.startswith(LENGTH_TASKS) else {}
+    return Cell(name, tuple((length_given | given).items()), samples, protocol)
+
+
+def parse_name(text: str, form: str) -> tuple[str, dict[str, Any]]:
+    """``"name:key=value:key=value"`` to its name and values; ``form`` says in the error what to write."""
     name, _, rest = text.strip().partition(":")
-    parameters: dict[str, Any] = {}
-    if length is not None and name.startswith(LENGTH_TASKS):
-        parameters["num_tokens"] = length
+    given: dict[str, Any] = {}
     for part in filter(None, rest.split(":")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise ValueError(f"cannot read {part!r} in {text!r}: write task:parameter=value, e.g. program:steps=50")
-        parameters[key] = _value(value)
-    return Cell(name, tuple(parameters.items()), samples)
+            raise ValueError(f"cannot read {part!r} in {text!r}: write {form}")
+        given[key] = _value(value)
+    return name, given
 
 
 def _value(text: str) -> int | float | str:
@@ -91,6 +110,38 @@ def _value(text: str) -> int | float | str:
 def prompt_ids(llm: LLM, problem: tasks.Problem) -> list[int]:
     """The problem as one user turn of the model's chat."""
     return llm.codec.chat([{"role": "user", "content": problem.prompt}])
+
+
+def split_prompt(llm: LLM, problem: tasks.Problem) -> dict[str, Any]:
+    """The prompt of protocol B: the ids of :func:`prompt_ids`, and how many of them lie entirely before the question.
+
+    The template's head and the context are dense; the question and the template's tail go through decode steps. Raises
+    ``ValueError`` where the border cannot be found.
+    """
+    tokenizer = llm.codec.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"protocol B needs a fast tokenizer (one that tells where a token is in the text): {llm.name}")
+    turn = [{"role": "user", "content": problem.prompt}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    start = text.find(problem.prompt)
+    if start < 0:
+        raise ValueError(f"protocol B cannot find the question: the chat template of {llm.name} changes the prompt")
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    border = start + len(problem.context)
+    dense_tokens = sum(end <= border for _, end in encoding["offset_mapping"])
+    return {"prompt_token_ids": encoding["input_ids"], "dense_tokens": dense_tokens}
+
+
+def _prompt(llm: LLM, cell: Cell, index: int, seed: int, problem: tasks.Problem) -> dict[str, Any]:
+    """What the engine is given. Comparisons ask the same of many engines, and long texts are slow to tokenise."""
+    key = (llm.name, cell.task, cell.parameters, index, seed, cell.protocol)
+    if key not in _prompts:
+        if len(_prompts) >= _MOST_PROMPTS:
+            _prompts.clear()
+        whole = cell.protocol == "A"
+        prompt = {"prompt_token_ids": prompt_ids(llm, problem)} if whole else split_prompt(llm, problem)
+        _prompts[key] = prompt | {"prompt_token_ids": array("i", prompt["prompt_token_ids"])}
+    return _prompts[key]
 
 
 def run(
@@ -133,12 +184,14 @@ def _outputs(
     """Problems are made as the engine asks for them, and handed back as they finish."""
     problems: dict[int, tasks.Problem] = {}
 
-    def prompts() -> Iterator[tuple[int, list[int], SamplingParams]]:
+    def prompts() -> Iterator[tuple[int, Any, SamplingParams]]:
         for i in todo:
             cell, index = work[i]
             problems[i] = cell.problem(index, seed)
-            own = params if params.seed is None else replace(params, seed=params.seed + index * params.n)
-            yield i, prompt_ids(llm, problems[i]), own
+            own = _params(cell, params)
+            if own.seed is not None:
+                own = replace(own, seed=own.seed + index * own.n)
+            yield i, _prompt(llm, cell, index, seed, problems[i]), own
 
     for i, output in llm.as_completed(prompts()):
         yield i, problems.pop(i), output
@@ -160,9 +213,14 @@ def _judge(key: str, work: tuple[Cell, int], problem: tasks.Problem, output: Req
     )
 
 
+def _params(cell: Cell, params: SamplingParams) -> SamplingParams:
+    return params if cell.max_tokens is None else replace(params, max_tokens=cell.max_tokens)
+
+
 def _key(llm: LLM, cell: Cell, index: int, seed: int, params: SamplingParams) -> str:
     """Names one question to one model under one setting; a later run with the same key may reuse the answer."""
-    facts = [llm.name, llm.fingerprint, cell.task, sorted(cell.parameters), index, seed, asdict(params)]
+    facts = [llm.name, llm.fingerprint, cell.task, sorted(cell.parameters), index, seed, asdict(_params(cell, params))]
+    facts += [] if cell.protocol == "A" else [cell.protocol]  # logs from before there was a choice stay valid
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

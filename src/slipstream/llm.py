@@ -62,7 +62,7 @@ class LLM:
         reject_unknown("LLM", options, ["model", *(option.name for option in fields(Options))])
         self.options = Options(**options)
         parts = build(model, self.options)
-        self.name, self.spec, self.memory = parts.name, parts.spec, parts.memory
+        self.name, self.identity, self.spec, self.memory = parts.name, parts.identity, parts.spec, parts.memory
         self.model, self.pool, self.engine = parts.model, parts.pool, parts.engine
         self._codec = parts.codec
         self._inbox: dict[Request, deque[Event]] = {}
@@ -116,7 +116,7 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
-        request = self._request(self._ids(prompt), params)
+        request = self._request(prompt, params)
         self.engine.check(request)
         return request
 
@@ -127,8 +127,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one prompt or many; outputs in the order of the prompts.
 
-        A prompt is text, a list of token ids, or a dict with either. params: one for all, or one for each. Everything
-        is checked before any work; a prompt that cannot be served raises ``ValueError`` naming its index.
+        A prompt is text, a list of token ids, or a dict with either as "prompt" or "prompt_token_ids"; "dense_tokens"
+        in the dict prefills only so many of them densely and runs the rest of the prompt as decode steps.
+        params: one for all, or one for each. Everything is checked before any work; a prompt that cannot be served
+        raises ``ValueError`` naming its index.
         """
         listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
         if params is None or isinstance(params, SamplingParams):
@@ -143,7 +145,8 @@ class LLM:
                 request = self.check(prompt, own)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}" if len(listed) > 1 else str(error)) from None
-            work.append((index, request.prompt_ids, own))
+            ids_only = {"prompt_token_ids": request.prompt_ids, "dense_tokens": request.dense_tokens}
+            work.append((index, ids_only, own))
         outputs: dict[int, RequestOutput] = {}
         for index, output in self.as_completed(work):
             outputs[index] = replace(output, prompt=_text_of(listed[index]))
@@ -195,9 +198,9 @@ class LLM:
             self._forget(request)
 
     def as_completed(
-        self, prompts: Iterable[tuple[Key, Sequence[int], SamplingParams]]
+        self, prompts: Iterable[tuple[Key, Prompt, SamplingParams]]
     ) -> Iterator[tuple[Key, RequestOutput]]:
-        """Outputs as they finish, for a stream of (key, token ids, params) of any length: only a window is in flight.
+        """Outputs as they finish, for a stream of (key, prompt, params) of any length: only a window is in flight.
 
         Leaving the loop early, Ctrl-C included, cancels what is in flight.
         """
@@ -245,8 +248,10 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:
-        return Request(ids, params, stop_check=self._stop_check(params) if params.stop else None)
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        dense = prompt.get("dense_tokens") if isinstance(prompt, Mapping) else None
+        stop_check = self._stop_check(params) if params.stop else None
+        return Request(self._ids(prompt), params, stop_check=stop_check, dense_tokens=dense)
 
     def _stop_check(self, params: SamplingParams) -> StopCheck:
         """What the engine asks after each token: the stop string that a chain's text has reached, if any."""

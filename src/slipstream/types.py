@@ -25,7 +25,7 @@ import functools
 import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -202,6 +202,16 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
 
 
+class Selection(NamedTuple):
+    """The tokens that one layer attends to in a decode step, per request and KV head.
+
+    indices: [B, Hk, K] int32, ascending, padded with -1.  counts: [B, Hk] int32, how many of them are tokens.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+
+
 @dataclass
 class Batch:
     """One step as the device sees it. All index tensors live on the model's device.
@@ -212,9 +222,14 @@ class Batch:
     lengths: [B] int32 KV tokens of each request *including* this step's.
     query_start: [B + 1] int32: request ``b`` owns tokens ``query_start[b]:query_start[b + 1]``.
     logit_rows: [R] int64: which of the T rows need logits.
+    seats: [B] int64 the engine's seat of each request; 0 for padding rows.
     lengths_host / query_start_host / pages_host: the same facts on the host, for planning without synchronisation.
-    is_decode: every request has exactly one token.
-    graph_key: set when the tensors are the static buffers of a captured graph: (bucket, ...); None when eager.
+    num_decodes: the first so many requests have exactly one token each and attend as decode steps do.
+    is_decode: every request does.
+    variant: which of the backend's forms the decode rows need (see ``AttentionBackend.variant``).
+    graph_key: set when the tensors are the static buffers of a captured graph: (bucket, variant); None when eager.
+    heirs: (b, seat) for each seat that goes on from request ``b``'s KV after this step; only for a backend that holds
+    KV in seats.
     """
 
     tokens: torch.Tensor
@@ -224,11 +239,18 @@ class Batch:
     lengths: torch.Tensor
     query_start: torch.Tensor
     logit_rows: torch.Tensor
+    seats: torch.Tensor
     lengths_host: Sequence[int]
     query_start_host: Sequence[int]
     pages_host: Sequence[Sequence[int]]
-    is_decode: bool = False
-    graph_key: int | None = None
+    num_decodes: int
+    variant: int = 0
+    graph_key: tuple[int, int] | None = None
+    heirs: Sequence[tuple[int, int]] = ()
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_decodes == self.num_requests
 
     @property
     def num_requests(self) -> int:

@@ -43,7 +43,7 @@ class Requests:
         self.keys = [[empty] * num_requests for _ in range(spec.num_layers)]
         self.values = [[empty] * num_requests for _ in range(spec.num_layers)]
 
-    def grow(self, counts: Sequence[int], graph_key: int | None = None) -> Batch:
+    def grow(self, counts: Sequence[int], graph_key: tuple[int, int] | None = None) -> Batch:
         """A step with ``counts[b]`` new tokens of each request (0: the request is not in the step)."""
         size = self.pool.page_size
         members = [b for b, count in enumerate(counts) if count]
@@ -65,10 +65,11 @@ class Requests:
             lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
             query_start=torch.tensor(starts, dtype=torch.int32, device=device),
             logit_rows=torch.tensor(starts[1:], device=device) - 1,
+            seats=torch.tensor(members, device=device) + 1,
             lengths_host=lengths,
             query_start_host=starts,
             pages_host=[self.pages[b][: -(-self.lengths[b] // size)] for b in members],
-            is_decode=all(counts[b] == 1 for b in members),
+            num_decodes=len(members) if all(counts[b] == 1 for b in members) else 0,
             graph_key=graph_key,
         )
 

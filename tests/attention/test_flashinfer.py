@@ -93,11 +93,11 @@ def test_captured_steps(num_q, num_kv, dim):
     requests.run(backend, (300, 1, 64))
     requests.run(backend, (1, 500, 40))
     counts = (1, 1, 1)
-    start = requests.grow(counts, graph_key=3)
+    start = requests.grow(counts, graph_key=(3, 0))
     requests.lengths = [length - 1 for length in requests.lengths]
     captured = _Captured(backend, requests, start)
     plans = []
-    wrapper = backend._decodes[3].wrapper
+    wrapper = backend._decodes[3, 0].wrapper
     original = wrapper.plan
     wrapper.plan = lambda *args, **kwargs: (plans.append(args[0].tolist()), original(*args, **kwargs))
     for _ in range(130):
@@ -111,9 +111,9 @@ def test_planning_does_not_wait_for_the_device():
     backend, requests = _make()
     requests.run(backend, (300, 1, 64))
     before, chunk, after = (
-        requests.grow((1, 1, 1), graph_key=3),
+        requests.grow((1, 1, 1), graph_key=(3, 0)),
         requests.grow((64, 64, 64)),
-        requests.grow((1, 1, 1), 3),
+        requests.grow((1, 1, 1), graph_key=(3, 0)),
     )
     for batch in (before, chunk):
         backend.plan(batch)

@@ -13,7 +13,14 @@ from slipstream.types import SamplingParams
 STEM = tuple(prompt(11, 40))  # prompts share its beginnings, so that prefixes meet
 
 ACTION = st.one_of(
-    st.tuples(st.just("generate"), st.integers(1, 26), st.integers(0, 2), st.integers(1, 14), st.integers(1, 3)),
+    st.tuples(
+        st.just("generate"),
+        st.integers(1, 26),
+        st.integers(0, 2),
+        st.integers(1, 14),
+        st.integers(1, 3),
+        st.none() | st.integers(1, 26),
+    ),
     st.tuples(st.just("score"), st.integers(1, 18), st.integers(1, 8)),
     st.tuples(st.just("extend"), st.integers(0, 30), st.integers(1, 6)),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
@@ -43,10 +50,10 @@ class Session:
 
     def act(self, kind, *args):
         if kind == "generate":
-            length, tail, max_tokens, n = args
+            length, tail, max_tokens, n, dense = args
             ids = list(STEM[:length]) + [tail] * tail
             params = SamplingParams(n=n, seed=length % 3, temperature=1.0, top_k=12, max_tokens=max_tokens)
-            self.add(Request(ids, params))
+            self.add(Request(ids, params, dense_tokens=dense and min(dense, len(ids))))
         elif kind == "score":
             split, more = args
             self.add(Request.to_score(STEM[:split], STEM[split : split + more]))

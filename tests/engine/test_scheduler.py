@@ -11,8 +11,8 @@ from slipstream.engine.scheduler import Scheduler
 from slipstream.kvcache.table import PageTable
 
 
-def make(num_pages=17, page_size=4, seats=4, budget=64):
-    return Scheduler(PageTable(num_pages, page_size), max_num_seqs=seats, token_budget=budget)
+def make(num_pages=17, page_size=4, seats=4, budget=64, **more):
+    return Scheduler(PageTable(num_pages, page_size), max_num_seqs=seats, token_budget=budget, **more)
 
 
 def chain(arrival, num_prompt, max_tokens=8, index=0, **more):
@@ -224,3 +224,40 @@ def test_an_earlier_prompt_does_not_take_pages_from_a_chain_of_the_same_step():
     while scheduler.running:
         step(scheduler)
     assert len(early.ids) == early.limit
+
+
+def test_chains_that_moved_into_their_seats_need_no_pages():
+    scheduler = make(num_pages=4, page_size=4, kv_in_seats=True)  # 12 tokens
+    first, sibling = chain(0, 10, max_tokens=2), chain(0, 10, max_tokens=2, index=1)
+    first.siblings = [sibling]
+    scheduler.add(first)
+    plan = scheduler.schedule()
+    (chunk,) = plan.chunks
+    assert chunk.heirs == [first, sibling] and first.in_seat and sibling.in_seat and sibling.lease is None
+    assert scheduler.table.num_used == 3  # the step still reads them
+    late = chain(1, 10, max_tokens=2)
+    scheduler.add(late)
+    plan = scheduler.schedule()
+    assert (shape(plan), plan.lengths) == (([0, 0], []), [11, 11]) and late in scheduler.waiting
+    scheduler.leave_pages(first)
+    scheduler.table.check_integrity()
+    assert scheduler.table.num_used == 0 and scheduler.num_pages_left == 3
+    assert shape(scheduler.schedule()) == ([], [(1, 0, 10)]) and scheduler.num_preemptions == 0
+    for one in (first, sibling, late):
+        scheduler.finish(one)
+    scheduler.table.check_integrity()
+    assert len(scheduler._seats) == 4 and not first.in_seat
+
+
+def test_forced_tokens_are_single_come_first_and_count_against_the_budget():
+    scheduler = make(budget=8)
+    scheduler.add(chain(0, 12))
+    scheduler.add(chain(1, 6, num_dense=3))
+    assert shape(step(scheduler)) == ([], [(0, 0, 8)])
+    assert shape(step(scheduler)) == ([], [(0, 8, 4), (1, 0, 3)])
+    scheduler.add(chain(2, 9))
+    plan = step(scheduler)
+    assert shape(plan) == ([0], [(1, 3, 1), (2, 0, 6)]) and [k.forced for k in plan.chunks] == [True, False]
+    assert shape(step(scheduler)) == ([0], [(1, 4, 1), (2, 6, 3)])
+    plan = step(scheduler)
+    assert shape(plan) == ([0, 2], [(1, 5, 1)]) and [c for c, _ in plan.chunks[0].samplers] == [plan.chunks[0].chain]

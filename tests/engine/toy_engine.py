@@ -6,7 +6,7 @@ checks in every step that host facts and device facts agree.
 
 import torch
 
-from slipstream.attention.backend import KVView
+from slipstream.attention.backend import AttentionBackend, KVView
 from slipstream.engine.engine import Engine, EngineConfig
 from slipstream.engine.request import Request
 from slipstream.kernels import ops
@@ -71,7 +71,7 @@ class ToyModel:
         return logits_of(hidden[:, 0].long())
 
 
-class ToyBackend:
+class ToyBackend(AttentionBackend):
     """Hands out the pool, and checks each batch against itself."""
 
     def __init__(self, pool):

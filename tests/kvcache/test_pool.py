@@ -28,6 +28,17 @@ def test_copies_read_everything_before_they_write(device, pinned, dtype):
     pool.copy_pages([])
 
 
+def test_attached_stores_are_copied_along():
+    pool = KVPool(2, 6, 3, 4, 8, torch.float32)
+    labels, scales = torch.zeros(2, 6, 3, dtype=torch.uint8), torch.zeros(2, 6, dtype=torch.float16)
+    labels[:, 1], scales[:, 1] = 7, 0.5
+    pool.attach(labels, scales)
+    pool.copy_pages([(1, 2)])
+    assert labels[1, :, 2].tolist() == [0, 7, 7, 0, 0, 0] and scales[0].tolist() == [0, 0.5, 0.5, 0, 0, 0]
+    with pytest.raises(AssertionError, match="paged like"):
+        pool.attach(torch.zeros(2, 5, 3))
+
+
 def test_sizes():
     pool = KVPool(2, 5, 3, 4, 8, torch.bfloat16)
     assert pool.bytes == 2 * 2 * 5 * 3 * 4 * 8 * 2

@@ -99,8 +99,9 @@ class PagedRun:
             lengths=torch.tensor(lengths, dtype=torch.int32),
             query_start=torch.tensor(starts, dtype=torch.int32),
             logit_rows=torch.arange(len(positions)),
+            seats=torch.tensor(list(new_tokens)) + 1,
             lengths_host=lengths,
             query_start_host=starts,
             pages_host=pages,
-            is_decode=all(len(tokens) == 1 for tokens in new_tokens.values()),
+            num_decodes=len(lengths) if all(len(tokens) == 1 for tokens in new_tokens.values()) else 0,
         )

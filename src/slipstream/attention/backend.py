@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +30,12 @@ class AttentionBackend(Protocol):
     ``batch.graph_key`` is set, the batch's tensors are the static buffers of a captured graph: ``plan`` runs outside
     the capture, before every replay, and may only update its own static buffers in place; ``view`` and ``attend`` must
     not touch the host.
+
+    A backend whose kernels depend on more than shapes says so with :meth:`variant`: the engine asks before each step
+    that has decode rows, sets ``batch.variant``, and captures one graph for each batch size and variant. The backend
+    obeys ``batch.variant`` whatever the lengths are: the rehearsals of a capture have lengths of 1.
+
+    Implementations inherit; what is below ``attend`` suits a backend that has one form and keeps nothing of its own.
     """
 
     def plan(self, batch: Batch) -> None: ...
@@ -37,3 +45,34 @@ class AttentionBackend(Protocol):
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """q: [T, Hq, D], after norm and RoPE. Returns [T, Hq, D]; row t sees tokens at positions <= its own."""
         ...
+
+    variants: Sequence[int] = (0,)  # all that variant() may answer
+    holds_kv_in_seats: bool = False  # a chain that decodes needs no pages: its KV is with the backend, by seat
+
+    def variant(self, lengths: Sequence[int]) -> int:
+        """The form that a decode step over requests of these lengths needs (this step's token counts; no padding)."""
+        return 0
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters and gauges, merged into ``Engine.stats()``."""
+        return {}
+
+
+def prefill_part(batch: Batch) -> Batch:
+    """What is behind the decode rows of a mixed step, as a batch of its own (views; nothing is copied)."""
+    first, row = batch.num_decodes, batch.query_start_host[batch.num_decodes]
+    return dataclasses.replace(
+        batch,
+        tokens=batch.tokens[row:],
+        positions=batch.positions[row:],
+        slots=batch.slots[row:],
+        page_table=batch.page_table[first:],
+        lengths=batch.lengths[first:],
+        query_start=batch.query_start[first:] - row,
+        seats=batch.seats[first:],
+        lengths_host=batch.lengths_host[first:],
+        query_start_host=[start - row for start in batch.query_start_host[first:]],
+        pages_host=batch.pages_host[first:],
+        num_decodes=0,
+        heirs=[(b - first, seat) for b, seat in batch.heirs if b >= first],
+    )

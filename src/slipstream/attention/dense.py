@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from slipstream.attention.backend import KVView
+from slipstream.attention.backend import AttentionBackend, KVView
 from slipstream.kernels import ops
 from slipstream.kvcache.pool import KVPool
 from slipstream.types import Batch, ModelSpec
@@ -17,7 +17,7 @@ class Full:
     """Every token attends to every token before it. No options."""
 
 
-class DenseBackend:
+class DenseBackend(AttentionBackend):
     """``AttentionBackend`` by :func:`ops.decode_attention` and :func:`ops.prefill_attention`.
 
     Nothing is planned: the kernels cut their work on the device, from ``batch.lengths``. A captured step keeps working

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.attention.backend import KVView
+from slipstream.attention.backend import AttentionBackend, KVView
 from slipstream.kernels import ops
 from slipstream.kvcache.pool import KVPool
 from slipstream.types import Batch, ModelSpec
@@ -57,10 +57,10 @@ class _Schedule:
         self._planned.record()
 
 
-class FlashInferBackend:
+class FlashInferBackend(AttentionBackend):
     """``AttentionBackend`` by FlashInfer. Raises ``ValueError`` for shapes and dtypes without kernels.
 
-    One decode wrapper per captured batch size; one prefill wrapper for everything eager (prompts, mixed steps, decode
+    One decode wrapper per captured graph; one prefill wrapper for everything eager (prompts, mixed steps, decode
     steps outside a graph). ``WORKSPACE_BYTES`` of device memory are shared by all, 8 MiB more belong to each wrapper.
     """
 
@@ -71,7 +71,7 @@ class FlashInferBackend:
         self.pool, self.spec = pool, spec
         self._library = importlib.import_module("flashinfer")
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.k.device)
-        self._decodes: dict[int, _Schedule] = {}
+        self._decodes: dict[tuple[int, int], _Schedule] = {}
         self._eager: _Schedule | None = None
         self._current: _Schedule | None = None
         self._batch: Batch | None = None

@@ -21,7 +21,10 @@ class Chain:
     ids: prompt and generated tokens that the host knows. total: those and the ones in flight. limit: most it may have.
     order: (arrival of the request, index): the smaller came first. epoch: counts the times that results on their way
     became worthless (preempted, cancelled, finished); a result of another epoch is dropped.
-    lease: its pages, None while it waits. seat: its row of device state. decoding: its last token is in its seat.
+    lease: its pages, None while it waits and when its KV is in its seat (``in_seat``). seat: its row of device state.
+    num_kv: tokens whose KV is stored once the steps scheduled so far are over. decoding: its last token is in its seat.
+    num_dense: leading tokens that may run many at a time and come from the cache; the rest run one by one, as decode
+    steps, those that it generated before it was preempted included. None: every token known may.
     siblings: chains of the same request that start with this one's prompt, until it is prefilled.
     wanted_from: first prompt index whose log-probability is still to come; ``num_prompt`` when none is.
     num_cached: leading tokens that came from the prefix cache when it was first admitted; -1 before. step: the last
@@ -37,12 +40,15 @@ class Chain:
     samples: bool = True
     wanted_from: int = -1
     salt: Hashable = None
+    num_dense: int | None = None
     siblings: list[Chain] = field(default_factory=list)
     num_cached: int = -1
     num_prompt: int = 0
     total: int = 0
     epoch: int = 0
+    num_kv: int = 0
     lease: Lease | None = None
+    in_seat: bool = False
     seat: int = NULL_SEAT
     decoding: bool = False
     step: int = -1
@@ -61,6 +67,8 @@ class Chain:
     def reuse_limit(self) -> int:
         """Leading tokens whose KV may come from the cache: the rest must run, for their logits are needed."""
         first_row = self.wanted_from - 1 if self.wanted_from < self.num_prompt else len(self.ids) - 1
+        if self.num_dense is not None:
+            first_row = min(first_row, self.num_dense - 1)  # what is dense ends with a row of its own chunk
         return max(first_row, 0)
 
     @property
@@ -69,12 +77,31 @@ class Chain:
 
     @property
     def can_prefill(self) -> bool:
-        return not self.decoding and self.lease is not None and self.lease.length < self.total
+        has_room = self.lease is not None or self.in_seat  # it has neither once it is preempted
+        return has_room and not self.decoding and self.num_kv < self.total
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether its next known token runs as a decode step."""
+        return self.num_dense is not None and self.num_kv >= self.num_dense
+
+    @property
+    def chunk_end(self) -> int:
+        """How far it may be prefilled in one step."""
+        if self.num_dense is None:
+            return self.total
+        return min(self.total, max(self.num_dense, self.num_kv + 1))
+
+    @property
+    def pages(self) -> list[int]:
+        """Pages that a decode step of it needs."""
+        return [] if self.in_seat or self.lease is None else self.lease.pages
 
     def retire(self) -> None:
         """Forget what is in flight; whatever still arrives belongs to an epoch that is over."""
         self.epoch += 1
         self.total = len(self.ids)
-        self.decoding = False
+        self.num_kv = 0
+        self.decoding = self.in_seat = False
         self.lease = None
         self.seat = NULL_SEAT

@@ -31,6 +31,7 @@ class DecodeStep:
 
     seat_rows: [bucket] int64, the seats to run; padding rows sit on the null seat and write to the null page.
     tokens: [bucket] int64, what was sampled; logits: [bucket, V], valid until the next step.
+    Captured once for each variant of the backend that is asked for.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class DecodeStep:
         self.seat_rows = seat_rows
         self.tokens = torch.zeros(bucket, dtype=torch.int64, device=device)
         self.logits: torch.Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # by variant, with its logits
         self._sampling = SamplingRows.greedy(bucket, device)
         self.batch = Batch(
             tokens=torch.zeros(bucket, dtype=torch.int64, device=device),
@@ -59,42 +60,43 @@ class DecodeStep:
             lengths=torch.ones(bucket, dtype=torch.int32, device=device),
             query_start=torch.arange(bucket + 1, dtype=torch.int32, device=device),
             logit_rows=torch.arange(bucket, device=device),
+            seats=seat_rows,
             lengths_host=[1] * bucket,
             query_start_host=list(range(bucket + 1)),
             pages_host=[_NULL_PAGES] * bucket,
-            is_decode=True,
-            graph_key=None if graph_pool is None else bucket,
+            num_decodes=bucket,
         )
 
     def refresh_sampling(self) -> None:
         """The seats or their parameters changed: gather the parameters anew."""
         self._seats.sampling.pick_into(self.seat_rows, self._sampling)
 
-    def run(self, lengths: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
+    def run(self, variant: int, lengths: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
         """One step. lengths, pages: KV tokens (with this step's) and pages of the seats, on the host, unpadded."""
         padding = self.bucket - len(lengths)
         batch = self.batch
         batch.lengths_host = [*lengths, *[1] * padding] if padding else lengths
         batch.pages_host = [*pages, *[_NULL_PAGES] * padding] if padding else pages
+        self._choose(variant)
         if self._graph_pool is None:
             self._gather()
             self._backend.plan(batch)
             self._compute()
             return
         self._backend.plan(batch)
-        assert self._graph is not None, "capture before the first run"
-        self._graph.replay()
+        graph, self.logits = self._graphs[variant]
+        graph.replay()
 
-    @property
-    def needs_capture(self) -> bool:
-        return self._graph_pool is not None and self._graph is None
+    def needs_capture(self, variant: int) -> bool:
+        return self._graph_pool is not None and variant not in self._graphs
 
-    def capture(self) -> None:
+    def capture(self, variant: int) -> None:
         """Record the step as a CUDA graph. The seats must be the null seat: the rehearsals before it really run."""
         self.seat_rows.fill_(NULL_SEAT)
         self.refresh_sampling()
         batch = self.batch
         batch.lengths_host, batch.pages_host = [1] * self.bucket, [_NULL_PAGES] * self.bucket
+        self._choose(variant)
         for _ in range(2):  # compile kernels and let libraries allocate, which a capture must not
             self._backend.plan(batch)
             self._gather()
@@ -104,13 +106,19 @@ class DecodeStep:
         with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
             self._gather()
             self._compute()
-        self._graph = graph
+        assert self.logits is not None
+        self._graphs[variant] = graph, self.logits
+
+    def _choose(self, variant: int) -> None:
+        self.batch.variant = variant
+        if self._graph_pool is not None:
+            self.batch.graph_key = (self.bucket, variant)
 
     def _gather(self) -> None:
         seats, batch, rows, size = self._seats, self.batch, self.seat_rows, self._page_size
         torch.index_select(seats.last_token, 0, rows, out=batch.tokens)
         torch.index_select(seats.length, 0, rows, out=batch.positions)
-        if self._graph_pool is None:
+        if self._graph_pool is None and not self._backend.holds_kv_in_seats:
             # Nothing forces a fixed width here, and what kernels cost on the CPU grows with it.
             width = max(map(len, batch.pages_host))
             batch.page_table = seats.table[:, :width].index_select(0, rows)

@@ -68,7 +68,13 @@ class Engine:
         self.config, self.spec = config, spec
         self.overlap = on_cuda if config.overlap is None else config.overlap
         self.table = PageTable(pool.num_pages, pool.page_size, reuse=config.prefix_cache)
-        self.scheduler = Scheduler(self.table, max_num_seqs=config.max_num_seqs, token_budget=config.max_batch_tokens)
+        self.scheduler = Scheduler(
+            self.table,
+            max_num_seqs=config.max_num_seqs,
+            token_budget=config.max_batch_tokens,
+            kv_in_seats=backend.holds_kv_in_seats,
+        )
+        self.backend = backend
         self.runner = Runner(
             model,
             pool,
@@ -107,7 +113,15 @@ class Engine:
         arrival = next(self._arrivals)
         chains = [
             Chain(
-                request, i, (arrival, i), list(request.prompt_ids), limit, seed + i, request.generate, salt=request.salt
+                request,
+                i,
+                (arrival, i),
+                list(request.prompt_ids),
+                limit,
+                seed + i,
+                request.generate,
+                salt=request.salt,
+                num_dense=request.dense_tokens,
             )
             for i in range(num_chains)
         ]
@@ -200,17 +214,24 @@ class Engine:
                 scored.chain.request.prompt_logprobs += found
         for chunk in plan.chunks:
             chain = chunk.chain
-            if chain.epoch != chunk.epoch or chain.lease is None:
+            if chain.epoch != chunk.epoch:
                 continue
-            self.table.commit(chain.lease, chain.ids, chunk.end)
+            self._share(chain, chunk.end)
+            if chunk.heirs and chain.lease is not None:
+                self.scheduler.leave_pages(chain)
             if not chain.samples and chunk.end == chain.total:
                 self._retire(chain)
+
+    def _share(self, chain: Chain, num_tokens: int) -> None:
+        """The KV of the first tokens is stored: others may use it, but for what ran as decode steps of a prompt."""
+        if chain.lease is not None:
+            dense = num_tokens if chain.num_dense is None else min(num_tokens, chain.num_dense)
+            self.table.commit(chain.lease, chain.ids, dense)
 
     def _take_token(self, chain: Chain, token: int, logprobs: dict[int, Logprob] | None) -> None:
         """A chain's next token is known: store it, see whether the chain ends with it, and tell."""
         request, completion = chain.request, chain.request.completions[chain.index]
-        assert chain.lease is not None
-        self.table.commit(chain.lease, chain.ids, len(chain.ids))
+        self._share(chain, len(chain.ids))
         chain.ids.append(token)
         completion.token_ids.append(token)
         if completion.logprobs is not None and logprobs is not None:
@@ -281,7 +302,10 @@ class Engine:
         self._wait_s = 0.0
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, and how things stand now. Host times are those outside waits for the device."""
+        """Counters since the start, and how things stand now; those of the attention method are among them.
+
+        Host times are those outside waits for the device. pages_left: given back by chains that decode without pages.
+        """
         counts, runner, scheduler, table = self._counts, self.runner, self.scheduler, self.table
         return {
             "steps": counts["steps"],
@@ -298,8 +322,10 @@ class Engine:
             "pages_used": table.num_used,
             "pages_cached": table.num_cached,
             "pages_free": table.num_available - table.num_cached,
+            "pages_left": scheduler.num_pages_left,
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
+            **self.backend.stats(),
         }
 
 

@@ -1,8 +1,8 @@
-"""A step with prompts in it: decode rows first, then prompt chunks, flattened into one eager batch."""
+"""A step with prompts in it: decode rows first, forced ones behind, then prompt chunks, in one eager batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,11 +31,14 @@ class MixedStep:
     def __init__(self, plan: Plan, page_size: int, packet: Packet) -> None:
         self.samplers = list(zip(plan.decodes, plan.epochs, strict=True))
         self.scored: list[Scored] = []
-        self._num_decodes = len(plan.decodes)
+        self._num_sampled = len(plan.decodes)  # rows whose token is on the device already
+        self._num_decodes = self._num_sampled + sum(chunk.forced for chunk in plan.chunks)
         chains = [*plan.decodes, *(chunk.chain for chunk in plan.chunks)]
-        counts = [1] * self._num_decodes + [chunk.count for chunk in plan.chunks]
-        self._pages = [chain.lease.pages for chain in chains if chain.lease is not None]
+        counts = [1] * self._num_sampled + [chunk.count for chunk in plan.chunks]
+        self._pages = [chain.pages for chain in chains[: self._num_decodes]]
+        self._pages += [chain.lease.pages for chain in chains[self._num_decodes :] if chain.lease is not None]
         self._lengths = [*plan.lengths, *(chunk.end for chunk in plan.chunks)]
+        self._heirs = [(b, heir.seat) for b, chunk in enumerate(plan.chunks, self._num_sampled) for heir in chunk.heirs]
         self._query_start = np.concatenate([[0], np.cumsum(counts)]).tolist()
         positions, slots = _places(self._pages, self._lengths, counts, page_size)
         columns: dict[str, Sequence[int] | np.ndarray] = {
@@ -46,13 +49,13 @@ class MixedStep:
             "request_seats": [chain.seat for chain in chains],
             **self._prompt_columns(plan.chunks),
             "sample_seats": [chain.seat for chain, _ in self.samplers],
-            "sample_lengths": [chain.lease.length for chain, _ in self.samplers if chain.lease is not None],
+            "sample_lengths": [chain.num_kv for chain, _ in self.samplers],
         }
         self._places = {name: packet.add(values) for name, values in columns.items()}
 
     def _prompt_columns(self, chunks: Sequence[Chunk]) -> dict[str, list[int]]:
-        tokens = [0] * self._num_decodes  # these are on the device already
-        sample_rows = list(range(self._num_decodes))
+        tokens = [0] * self._num_sampled
+        sample_rows = list(range(self._num_sampled))
         score_rows: list[int] = []
         targets: list[int] = []
         for chunk in chunks:
@@ -69,12 +72,15 @@ class MixedStep:
                 targets += chain.ids[start:end]
         return {"tokens": tokens, "sample_rows": sample_rows, "score_rows": score_rows, "score_targets": targets}
 
-    def land(self, data: torch.Tensor, seats: Seats) -> None:
-        """The packet is on the device, and the seats are up to date: page rows and decode tokens come from them."""
+    def land(self, data: torch.Tensor, seats: Seats, variant: Callable[[Sequence[int]], int]) -> None:
+        """The packet is on the device, and the seats are up to date: page rows and decode tokens come from them.
+
+        variant: asked for the form that the decode rows need, if there are any.
+        """
         on_device = {name: data[place] for name, place in self._places.items()}
         rows, tokens = on_device["request_seats"], on_device["tokens"]
-        if self._num_decodes:
-            tokens[: self._num_decodes] = seats.last_token.index_select(0, rows[: self._num_decodes])
+        if self._num_sampled:
+            tokens[: self._num_sampled] = seats.last_token.index_select(0, rows[: self._num_sampled])
         width = max(map(len, self._pages))
         self.batch = Batch(
             tokens=tokens,
@@ -84,9 +90,13 @@ class MixedStep:
             lengths=on_device["lengths"].int(),
             query_start=on_device["query_start"].int(),
             logit_rows=on_device["sample_rows"],
+            seats=rows,
             lengths_host=self._lengths,
             query_start_host=self._query_start,
             pages_host=self._pages,
+            num_decodes=self._num_decodes,
+            variant=variant(self._lengths[: self._num_decodes]) if self._num_decodes else 0,
+            heirs=self._heirs,
         )
         self.sample_seats, self.sample_lengths = on_device["sample_seats"], on_device["sample_lengths"]
         self.score_rows, self.score_targets = on_device["score_rows"], on_device["score_targets"]
@@ -95,12 +105,15 @@ class MixedStep:
 def _places(
     pages: Sequence[Sequence[int]], lengths: Sequence[int], counts: Sequence[int], page_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logical positions and physical slots of the last ``counts[b]`` of ``lengths[b]`` tokens of all requests, [T]."""
+    """Logical positions and physical slots of the last ``counts[b]`` of ``lengths[b]`` tokens of all requests, [T].
+
+    The slots of a request without pages are those of the null page.
+    """
     positions, slots = [], []
     for held, length, count in zip(pages, lengths, counts, strict=True):
         at = np.arange(length - count, length, dtype=np.int64)
         first = int(at[0]) // page_size
-        column = np.asarray(held[first : (length - 1) // page_size + 1], dtype=np.int64)
+        column = np.asarray(held[first : (length - 1) // page_size + 1] or [0], dtype=np.int64)
         positions.append(at)
         slots.append(column[at // page_size - first] * page_size + at % page_size)
     return np.concatenate(positions), np.concatenate(slots)

@@ -24,6 +24,8 @@ class Request:
     prompt_ids: token ids. stop_check: asked after each token of each chain, on the engine's thread.
     logprobs_start: first prompt index whose log-probability is wanted (``params.prompt_logprobs`` alone means 0).
     generate: False for a request that only scores its prompt. salt: only requests of equal salt share KV.
+    dense_tokens: the first so many prompt tokens are prefilled densely; the rest of the prompt runs one token per step,
+    through the attention of decode steps. None: the whole prompt is prefilled.
 
     completions: one per chain, growing. prompt_logprobs: entry ``i`` is for prompt index ``logprobs_start + i``; None
     for index 0, which nothing precedes. error: what the model raised when the request died in a step.
@@ -36,6 +38,7 @@ class Request:
     logprobs_start: int | None = None
     generate: bool = True
     salt: Hashable = None
+    dense_tokens: int | None = None
 
     completions: list[Completion] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -100,6 +103,11 @@ class Limits(NamedTuple):
         start = request.logprobs_start
         if start is not None and not 0 <= start < len(ids):
             raise ValueError(f"logprobs_start = {start} is outside the prompt of {len(ids)} tokens")
+        dense = request.dense_tokens
+        if dense is not None and not (type(dense) is int and 1 <= dense <= len(ids)):
+            raise ValueError(
+                f"dense_tokens = {dense!r} must be an integer in 1..{len(ids)}, for a prompt of {len(ids)} tokens"
+            )
         longest = self.max_model_len - (1 if request.generate else 0)
         if len(ids) > longest:
             raise ValueError(

@@ -26,7 +26,8 @@ _MAX_LOGIT_ROWS = 256  # of prompt log-probabilities at a time: bounds the memor
 class Runner:
     """Launches steps of one model over one pool.
 
-    capture: record decode-only steps as CUDA graphs, one per bucket of ``BUCKETS``, sharing one memory pool.
+    capture: record decode-only steps as CUDA graphs, one per bucket of ``BUCKETS`` and variant of the backend, sharing
+    one memory pool.
     Nothing here waits for the device; only ``Pending.read`` does.
     """
 
@@ -73,7 +74,8 @@ class Runner:
 
     def _launch_decode(self, plan: Plan) -> Pending:
         rows = [chain.seat for chain in plan.decodes]
-        step = self._step(len(rows))
+        variant = self._backend.variant(plan.lengths)
+        step = self._step(len(rows), variant)
         packet = Packet()
         update = self.seats.stage(plan, packet)
         changed = rows != self._decode_seats
@@ -85,7 +87,7 @@ class Runner:
                 step.seat_rows.copy_(data[place])
                 self._decode_seats = rows
                 step.refresh_sampling()
-        step.run(plan.lengths, [chain.lease.pages for chain in plan.decodes if chain.lease is not None])
+        step.run(variant, plan.lengths, [chain.pages for chain in plan.decodes])
         if step.batch.graph_key is None:
             self.num_eager_steps += 1
         else:
@@ -101,7 +103,7 @@ class Runner:
         step = MixedStep(plan, self._pool.page_size, packet)
         data = packet.send(self._device)
         self.seats.apply(update, data)
-        step.land(data, self.seats)
+        step.land(data, self.seats, self._backend.variant)
         self._decode_seats = []  # who decodes next is another set, or has other parameters
         self._backend.plan(step.batch)
         hidden = self._model.forward(step.batch, self._backend)
@@ -158,7 +160,7 @@ class Runner:
 
     # -- captured steps
 
-    def _step(self, num_rows: int) -> DecodeStep:
+    def _step(self, num_rows: int, variant: int) -> DecodeStep:
         bucket = num_rows if self._buckets is None else next(b for b in self._buckets if b >= num_rows)
         step = self._steps.get(bucket)
         if step is None:
@@ -171,17 +173,18 @@ class Runner:
                 self._seat_rows[:bucket],
                 self._graph_pool,
             )
-        if step.needs_capture:
+        if step.needs_capture(variant):
             self._decode_seats = []
-            step.capture()
+            step.capture(variant)
         return step
 
     @torch.inference_mode()
     def warmup(self) -> None:
-        """Capture every bucket now, the largest first so that the others fit in its memory. Nothing to do if eager."""
+        """Capture every bucket and variant now, the largest first so that the others fit in its memory."""
         with self._on_device():
             for bucket in reversed(self._buckets or []):
-                self._step(bucket)
+                for variant in self._backend.variants:
+                    self._step(bucket, variant)
 
 
 def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> LogprobRows:

@@ -12,13 +12,18 @@ from slipstream.kvcache.table import Copies, PageTable
 
 @dataclass
 class Chunk:
-    """Prompt tokens ``start .. start + count`` of a chain. ``samplers`` draw a token from the last one's logits."""
+    """Known tokens ``start .. start + count`` of a chain. ``samplers`` draw a token from the last one's logits.
+
+    forced: it is one token that attends as a decode step does. heirs: chains whose seat takes over the KV after it.
+    """
 
     chain: Chain
     epoch: int
     start: int
     count: int
+    forced: bool = False
     samplers: list[tuple[Chain, int]] = field(default_factory=list)
+    heirs: list[Chain] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -29,7 +34,8 @@ class Chunk:
 class Plan:
     """One step. decodes: chains that run the token in their seat; lengths: their KV tokens with it; epochs: theirs.
 
-    seated: chains whose seat is new. grown: chains whose pages changed. copies: pages to copy before any is written.
+    chunks: known tokens to run, the forced ones first. seated: chains whose seat is new. grown: chains whose pages
+    changed. copies: pages to copy before any is written.
     """
 
     decodes: list[Chain] = field(default_factory=list)
@@ -55,15 +61,18 @@ class Scheduler:
     Who came first goes first: to make room, the latest chain gives its pages back; later it starts again, with the
     tokens that it has.
     token_budget: most tokens of a step, decodes counted first; prompts are cut to what is left, at least one token.
+    kv_in_seats: a chain that decodes has its KV in its seat; its pages are given back when its prompt is done, what the
+    cache knows of them stays in the cache. Preempted, it is prefilled into pages again.
     """
 
-    def __init__(self, table: PageTable, *, max_num_seqs: int, token_budget: int) -> None:
+    def __init__(self, table: PageTable, *, max_num_seqs: int, token_budget: int, kv_in_seats: bool = False) -> None:
         if max_num_seqs < 1 or token_budget < 1:
             raise ValueError(f"max_num_seqs and token_budget must be >= 1, got {max_num_seqs} and {token_budget}")
         self.table, self.max_num_seqs, self.token_budget = table, max_num_seqs, token_budget
+        self.kv_in_seats = kv_in_seats
         self.waiting: deque[Chain] = deque()
         self.running: list[Chain] = []
-        self.num_preemptions = self.num_cached_tokens = 0
+        self.num_preemptions = self.num_cached_tokens = self.num_pages_left = 0
         self._seats = list(range(max_num_seqs, 0, -1))
         self._step = 0
         self._blocked_at = -1  # available pages when the first in line last did not fit
@@ -87,6 +96,15 @@ class Scheduler:
             self.waiting.remove(chain)
         self._give_back(chain)
 
+    def leave_pages(self, chain: Chain) -> None:
+        """A chain's KV is in its seat and its pages are in the cache: give them back."""
+        assert chain.in_seat and chain.lease is not None
+        used = self.table.num_used
+        self.table.free(chain.lease)
+        self.num_pages_left += used - self.table.num_used
+        chain.lease = None
+        self._blocked_at = -1
+
     def _give_back(self, chain: Chain) -> None:
         for sitting in (chain, *chain.siblings):
             if sitting.seat:
@@ -109,12 +127,17 @@ class Scheduler:
         for chain in [c for c in self.running if c.can_prefill]:
             if budget and chain.can_prefill:  # an earlier one may have taken its pages
                 budget -= self._prefill(chain, budget, plan)
-        held_up = stalled or preemptions < self.num_preemptions or any(c.can_prefill for c in self.running)
+        held_up = stalled or preemptions < self.num_preemptions or any(map(self._is_behind, self.running))
         while self.waiting and budget and not held_up and self.can_admit(self.waiting[0]):
             budget -= self._prefill(self._admit(plan), budget, plan)
-        plan.lengths = [c.lease.length for c in plan.decodes if c.lease is not None]
+        plan.lengths = [c.num_kv for c in plan.decodes]
+        plan.chunks.sort(key=lambda chunk: not chunk.forced)
         plan.epochs = [c.epoch for c in plan.decodes]
         return plan if plan.decodes or plan.chunks else None
+
+    def _is_behind(self, chain: Chain) -> bool:
+        """Whether it could have run more tokens in this step."""
+        return chain.can_prefill and not (chain.is_forced and chain.step == self._step)
 
     def _decode(self, chain: Chain, plan: Plan) -> bool:
         if not self._grow(chain, 1, plan):
@@ -125,14 +148,16 @@ class Scheduler:
 
     def _prefill(self, chain: Chain, budget: int, plan: Plan) -> int:
         """Run the next tokens of a prompt; returns how many. The last ones let the chain and its siblings sample."""
-        assert chain.lease is not None
-        start = chain.lease.length
-        count = min(budget, chain.total - start)
+        start, forced = chain.num_kv, chain.is_forced
+        count = min(budget, chain.chunk_end - start)
         if not self._grow(chain, count, plan):
             return 0
-        chunk = Chunk(chain, chain.epoch, start, count)
+        chunk = Chunk(chain, chain.epoch, start, count, forced)
         plan.chunks.append(chunk)
-        if chain.samples and chunk.end == chain.total:
+        samples = chain.samples and chunk.end == chain.total
+        if self.kv_in_seats and (samples or (chain.is_forced and not forced)):
+            self._move_in(chunk, [chain, *(chain.siblings if samples else ())])
+        if samples:
             self._fork(chain, plan)
             for sampler in (chain, *chain.siblings):
                 sampler.decoding = True
@@ -141,26 +166,37 @@ class Scheduler:
             chain.siblings = []
         return count
 
+    def _move_in(self, chunk: Chunk, chains: list[Chain]) -> None:
+        """From the next step on these chains have their KV in their seats."""
+        chunk.heirs = [chain for chain in chains if not chain.in_seat]
+        for heir in chunk.heirs:
+            heir.in_seat = True
+
     def _fork(self, chain: Chain, plan: Plan) -> None:
-        assert chain.lease is not None
         for sibling in chain.siblings:
-            sibling.lease = self.table.fork(chain.lease)
-            sibling.step = self._step
+            sibling.num_kv, sibling.step = chain.num_kv, self._step
             insort(self.running, sibling, key=_order)
-            plan.grown.append(sibling)
+            if not sibling.in_seat:
+                assert chain.lease is not None
+                sibling.lease = self.table.fork(chain.lease)
+                plan.grown.append(sibling)
 
     # -- room
 
     def _grow(self, chain: Chain, count: int, plan: Plan) -> bool:
         """Slots for ``count`` more tokens, taken from later chains if need be. False: wait for earlier ones."""
         lease = chain.lease
-        assert lease is not None
         chain.step = self._step
+        chain.num_kv += count
+        if chain.in_seat:
+            return True
+        assert lease is not None
         if count > lease.room:
             while not self.table.can_append(lease, count):
                 victim = self._latest_after(chain)
                 if victim is None:
                     chain.step = -1
+                    chain.num_kv -= count
                     return False
                 self.preempt(victim)
             plan.copies += self.table.append(lease, count)
@@ -170,11 +206,11 @@ class Scheduler:
         return True
 
     def _latest_after(self, chain: Chain) -> Chain | None:
-        """The latest chain behind this one that is not part of this step and has not drawn its last token."""
+        """The latest chain behind this one that holds pages, is not part of this step and has tokens to draw."""
         for other in reversed(self.running):
             if other is chain:
                 return None
-            if other.step != self._step and (other.can_decode or other.can_prefill):
+            if other.step != self._step and not other.in_seat and (other.can_decode or other.can_prefill):
                 return other
         return None
 
@@ -186,21 +222,22 @@ class Scheduler:
         self.num_preemptions += 1
 
     def can_admit(self, chain: Chain) -> bool:
-        """Seats for it and its siblings, pages for all its tokens, and one page left for each running chain."""
+        """Seats for it and its siblings, pages for all its tokens, and one page left for each chain that may grow."""
         available = self.table.num_available
         if len(self._seats) < 1 + len(chain.siblings) or (self.running and available == self._blocked_at):
             return False
         needed = self.table.num_new_pages(chain.ids, chain.reuse_limit, chain.salt)
-        fits = needed + len(self.running) <= available
+        fits = needed + sum(not c.in_seat for c in self.running) <= available
         self._blocked_at = -1 if fits else available
         return fits
 
     def _admit(self, plan: Plan) -> Chain:
         chain = self.waiting.popleft()
         chain.lease = self.table.allocate(chain.ids, chain.reuse_limit, chain.salt)
-        self.num_cached_tokens += chain.lease.length
+        chain.num_kv = chain.lease.length
+        self.num_cached_tokens += chain.num_kv
         if chain.num_cached < 0:
-            chain.num_cached = chain.lease.length
+            chain.num_cached = chain.num_kv
         for sitting in (chain, *chain.siblings):
             sitting.seat = self._seats.pop()
             plan.seated.append(sitting)

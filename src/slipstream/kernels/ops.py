@@ -1,4 +1,5 @@
-"""The catalogue: every op a model step needs. CUDA tensors go to the Triton kernels, all others to the reference.
+"""The catalogue: every op a model step needs. CUDA tensors go to the Triton kernels, all others to the reference
+(decode attention in fp32 on a CPU to :mod:`slipstream.kernels.cpu_decode`, which does the same in place).
 
 Shapes, dtypes and semantics are those of :mod:`slipstream.kernels.reference`, which is the definition. Triton is
 imported on the first CUDA call, because it need not be installed where there is no GPU.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slipstream.kernels import reference
+from slipstream.kernels import cpu_decode, reference
 
 token_logprobs = reference.token_logprobs
 copy_pages = reference.copy_pages
@@ -69,6 +70,8 @@ def decode_attention(
         from slipstream.kernels import triton_decode
 
         return triton_decode.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
+    if cpu_decode.suits(k_pages):
+        return cpu_decode.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
     return reference.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
 
 

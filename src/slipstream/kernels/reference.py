@@ -22,9 +22,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     fp32 inside; the normalised value is rounded to the dtype before the weight, as transformers does.
     """
-    x32 = x.float()
-    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
-    return weight * (x32 * scale).to(x.dtype)
+    return _unit_rms(x, eps).mul_(weight)
+
+
+def _unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x: [..., H] -> a new [..., H], :func:`rms_norm` without its weight."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.addcmul(torch.full((), eps, device=x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x.float() * scale).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -36,7 +41,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up: [T, 2I] -> [T, I]: ``silu(gate_up[:, :I]) * gate_up[:, I:]``."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -51,13 +56,13 @@ def _norm_heads(heads: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     """heads: [T, Hq + Hk, D], q before k -> the same, normed where there is a weight."""
     if q_weight is None and k_weight is None:
         return heads
-    num_k = heads.shape[1] - num_q
-    if q_weight is not None and k_weight is not None:
-        weight = torch.cat((q_weight.expand(num_q, -1), k_weight.expand(num_k, -1)))
-        return rms_norm(heads, weight, eps)
-    q, k = heads.split([num_q, num_k], dim=1)
-    q = q if q_weight is None else rms_norm(q, q_weight, eps)
-    return torch.cat((q, k if k_weight is None else rms_norm(k, k_weight, eps)), dim=1)
+    normed = _unit_rms(heads, eps)
+    for weight, part in ((q_weight, slice(num_q)), (k_weight, slice(num_q, None))):
+        if weight is None:
+            normed[:, part] = heads[:, part]
+        else:
+            normed[:, part].mul_(weight)
+    return normed
 
 
 def qk_norm_rope_store(
@@ -82,10 +87,9 @@ def qk_norm_rope_store(
     num_q = heads.shape[1] - 2 * num_kv
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
     turned = _rotate(_norm_heads(heads[:, : num_q + num_kv], q_weight, k_weight, num_q, eps), cos, sin)
-    offsets = slots % page_size
-    head_rows = torch.arange(0, num_kv * page_size, page_size, device=slots.device)
-    rows = ((slots - offsets) * num_kv + offsets).unsqueeze(1) + head_rows
-    rows = rows.view(-1)
+    pages = torch.div(slots, page_size, rounding_mode="floor")
+    first_rows = torch.add(slots, pages, alpha=(num_kv - 1) * page_size).unsqueeze(1)
+    rows = (first_rows + torch.arange(0, num_kv * page_size, page_size, device=slots.device)).view(-1)
     k_pages.view(-1, dim).index_copy_(0, rows, turned[:, num_q:].reshape(-1, dim))
     v_pages.view(-1, dim).index_copy_(0, rows, heads[:, num_q + num_kv :].reshape(-1, dim))
     return turned[:, :num_q]
@@ -134,7 +138,7 @@ def _decode_group(
 ) -> Tensor:
     """:func:`decode_attention` of requests whose tokens fill all columns of the page table but the last."""
     num_requests, (num_kv, page_size, dim) = q.shape[0], k_pages.shape[1:]
-    rows = _gather_rows(page_table, num_kv).view(-1)
+    rows = _gather_rows(page_table, num_kv).reshape(-1)
     k, v = (
         pages.view(-1, page_size * dim).index_select(0, rows).view(num_requests, num_kv, -1, dim)
         for pages in (k_pages, v_pages)

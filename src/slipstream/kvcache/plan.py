@@ -32,11 +32,15 @@ def parse_bytes(size: int | str) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits: ``num_pages`` pages (the null page among them) of ``page_size`` slots, ``page_bytes`` each."""
+    """What fits: ``num_pages`` pages (the null page among them) of ``page_size`` slots, ``page_bytes`` each.
+
+    fixed_bytes: what the attention method keeps whatever the number of pages.
+    """
 
     num_pages: int
     page_size: int
     page_bytes: int
+    fixed_bytes: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -45,7 +49,7 @@ class MemoryPlan:
 
     @property
     def bytes(self) -> int:
-        return self.num_pages * self.page_bytes
+        return self.num_pages * self.page_bytes + self.fixed_bytes
 
     def __str__(self) -> str:
         size = f"{self.bytes / 2**30:.2f} GiB" if self.bytes >= 2**28 else f"{self.bytes / 2**20:.1f} MiB"
@@ -60,13 +64,15 @@ def plan_memory(
     device: torch.device | str = "cpu",
     reserve_bytes: int = 0,
     extra_bytes_per_token: int = 0,
+    fixed_bytes: int = 0,
     most_tokens: int | None = None,
 ) -> MemoryPlan:
     """How many pages of this model's KV fit.
 
     kv_memory: bytes, or text for :func:`parse_bytes`; ``None`` takes what the device has: on CUDA nine tenths of the
     free memory less ``reserve_bytes`` (activations, graphs), on the CPU 1 GiB, at most half of what is available.
-    extra_bytes_per_token: what an attention method keeps beside K and V. most_tokens: more than that is of no use.
+    extra_bytes_per_token: what an attention method keeps beside K and V; fixed_bytes: what it keeps whatever the
+    number of tokens. most_tokens: more than that is of no use.
     Raises ``ValueError`` when not even one page fits beside the null page.
     """
     if page_size < 1:
@@ -76,15 +82,17 @@ def plan_memory(
         budget, source = _device_bytes(torch.device(device), reserve_bytes), f"free on {device}"
     else:
         budget, source = parse_bytes(kv_memory), f"given as kv_memory={kv_memory!r}"
-    num_pages = budget // page_bytes
+    num_pages = (budget - fixed_bytes) // page_bytes
     if num_pages < 2:
+        beside = f", beside {fixed_bytes:,} bytes of seats" if fixed_bytes else ""
         raise ValueError(
-            f"the KV cache needs at least 2 pages (one is the null page) of {page_bytes:,} bytes ({page_size} tokens), "
-            f"but only {max(budget, 0):,} bytes are {source}: raise kv_memory to {2 * page_bytes:,} or shrink page_size"
+            f"the KV cache needs at least 2 pages (one is the null page) of {page_bytes:,} bytes ({page_size} tokens)"
+            f"{beside}, but only {max(budget, 0):,} bytes are {source}: raise kv_memory to "
+            f"{2 * page_bytes + fixed_bytes:,} or shrink page_size"
         )
     if most_tokens is not None:
         num_pages = min(num_pages, 1 + max(1, -(-most_tokens // page_size)))
-    return MemoryPlan(num_pages, page_size, page_bytes)
+    return MemoryPlan(num_pages, page_size, page_bytes, fixed_bytes)
 
 
 def _device_bytes(device: torch.device, reserve_bytes: int) -> int:

@@ -40,6 +40,13 @@ class KVPool:
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.k = _zeros(shape, dtype, self.device, pinned)
         self.v = _zeros(shape, dtype, self.device, pinned)
+        self._stores = [self.k, self.v]
+
+    def attach(self, *stores: torch.Tensor) -> None:
+        """From now on :meth:`copy_pages` copies the pages of these stores too. Each: [L, P, ...], on this device."""
+        for store in stores:
+            assert store.shape[:2] == self.k.shape[:2], f"{tuple(store.shape)} is not paged like {tuple(self.k.shape)}"
+            self._stores.append(store)
 
     @property
     def bytes(self) -> int:
@@ -52,16 +59,17 @@ class KVPool:
         return (self.num_pages - 1) * self.page_size
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole pages of every layer, source to destination; all sources are read before anything is written.
+        """Copy whole pages of every layer, source to destination, attached stores included.
 
+        All sources are read before anything is written.
         Ordered like any other work of the current stream; never blocks the host.
         """
         if not pairs:
             return
         index = torch.tensor(pairs, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         src, dst = index.to(self.device, non_blocking=True).unbind(1)
-        ops.copy_pages(self.k, src, dst)
-        ops.copy_pages(self.v, src, dst)
+        for store in self._stores:
+            ops.copy_pages(store, src, dst)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:

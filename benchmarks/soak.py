@@ -1,0 +1,156 @@
+"""Does the server stay up, leak nothing and answer right, under a crowd that comes and goes?
+
+    python benchmarks/soak.py [--requests 2000] [--methods full,two_level] [--json benchmarks/results/cpu/soak.json]
+
+Per method one server with a KV cache so small that chains are preempted. Of the requests 30 % leave at a random moment,
+5 % stop reading until they are cut off, the others' greedy answers are compared with those computed alone before.
+Afterwards nothing may wait, run or hold a page, and memory must be flat (slope of the resident set).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from harness import Report, check
+
+from slipstream import LLM, SamplingParams
+from slipstream.server.app import make_server
+from slipstream.server.config import ServerConfig
+
+LENGTHS, TOKENS = (20, 80, 300, 700), (4, 40, 120)
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+class Crowd:
+    """Clients of one server. Outcomes are counted; a wrong answer fails the run at once."""
+
+    def __init__(self, url: str, truth: dict[tuple[int, ...], list[int]], dice: random.Random) -> None:
+        self.url, self.truth, self.dice = url, truth, dice
+        self.counts = {"right": 0, "left": 0, "stalled": 0}
+        self.memory: list[tuple[int, float]] = []
+
+    async def run(self, requests: int, width: int) -> None:
+        limit = asyncio.Semaphore(width)
+        bounds = httpx.Limits(max_connections=2 * width)
+        async with httpx.AsyncClient(base_url=self.url, timeout=300, limits=bounds) as client:
+
+            async def one(number: int) -> None:
+                async with limit:
+                    await self.visit(client)
+                    if number % 20 == 0:
+                        self.memory.append((number, resident_mib()))
+
+            await asyncio.gather(*map(one, range(requests)))
+
+    async def visit(self, client: httpx.AsyncClient) -> None:
+        prompt = self.dice.choice(list(self.truth))
+        tokens, mood, stream = self.dice.choice(TOKENS), self.dice.random(), self.dice.random() < 0.5
+        body = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body |= {"return_token_ids": True, "stream": stream}
+        if mood < 0.30:
+            patience = self.dice.expovariate(3.0)
+            try:
+                await asyncio.wait_for(client.post("/v1/completions", json=body | {"max_tokens": 700}), patience)
+            except TimeoutError:
+                self.counts["left"] += 1
+            return
+        if mood < 0.35:
+            await self.stall(body | {"stream": True, "logprobs": 20, "max_tokens": 300})
+            self.counts["stalled"] += 1
+            return
+        reply = await client.post("/v1/completions", json=body)
+        check(reply.status_code == 200, f"status {reply.status_code}: {reply.text[:200]}")
+        payloads = (
+            [json.loads(b[6:]) for b in reply.text.split("\n\n") if b.startswith("data: {")]
+            if stream
+            else [reply.json()]
+        )
+        found = [token for payload in payloads for token in payload["choices"][0]["token_ids"]]
+        check(found == self.truth[prompt][:tokens], "an answer under load differs from the one computed alone")
+        self.counts["right"] += 1
+
+    async def stall(self, body: dict[str, Any]) -> None:
+        port = int(self.url.rsplit(":", 1)[1])
+        data = json.dumps(body).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+            await asyncio.get_running_loop().sock_sendall(connection, head.encode() + data)
+            await asyncio.sleep(2.0 * self.dice.random())
+
+
+def slope(points: list[tuple[int, float]]) -> float:
+    """MiB per thousand requests over the last quarter (torch keeps kernels for the shapes it has seen)."""
+    last = sorted(points)[-max(2, len(points) // 4) :]
+    x = torch.tensor([a for a, _ in last], dtype=torch.float64)
+    y = torch.tensor([b for _, b in last], dtype=torch.float64)
+    return float(1000 * ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum().clamp(min=1))
+
+
+def soak(method: str, args: argparse.Namespace, report: Report) -> None:
+    dice = random.Random(args.seed)
+    options = {"max_model_len": 1600, "page_size": 16, "kv_memory": args.kv_memory, "device": args.device}
+    llm = LLM(args.model, attention=method, **options)
+    prompts = [[dice.randrange(16, 1000) for _ in range(dice.choice(LENGTHS))] for _ in range(24)]
+    alone = SamplingParams(temperature=0, max_tokens=max(TOKENS), ignore_eos=True)
+    truth = {tuple(ids): llm.generate(ids, alone)[0].outputs[0].token_ids for ids in prompts}
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = make_server(llm, ServerConfig(stall_timeout_s=1.0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    thread.start()
+    crowd, began = Crowd(url, truth, dice), time.perf_counter()
+    asyncio.run(crowd.run(args.requests, args.width))
+    seconds = time.perf_counter() - began
+    end = time.monotonic() + 30
+    while any(llm.stats()[name] for name in ("running", "waiting", "pages_used")) and time.monotonic() < end:
+        time.sleep(0.05)
+    stats = llm.stats()
+    llm.engine.table.check_integrity()
+    server.should_exit = True
+    thread.join(60)
+    check(stats["preemptions"] > 0, f"{method}: the cache was large enough for all, nothing was preempted")
+    check(crowd.counts["left"] > 0 and crowd.counts["right"] > 0, f"{method}: nobody left, or nobody stayed")
+    report.point(
+        method=method, requests=args.requests, seconds=seconds, preemptions=stats["preemptions"], **crowd.counts
+    )
+    held = stats["running"] + stats["waiting"] + stats["pages_used"]
+    report.bar(f"{method}: chains and pages held afterwards", held, 0, "<=")
+    report.bar(f"{method}: resident set, MiB per 1000 requests", slope(crowd.memory), 20.0, "<=")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="slipstream-draft")
+    parser.add_argument("--methods", default="full", help="comma-separated names")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kv-memory", default="8MiB")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", default=None)
+    args = parser.parse_args()
+    report = Report("soak", notes={"model": args.model})
+    for method in args.methods.split(","):
+        soak(method, args, report)
+    report.finish(args.json)
+
+
+if __name__ == "__main__":
+    main()

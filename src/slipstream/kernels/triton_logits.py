@@ -1,0 +1,318 @@
+"""Logits of tokens from their labels or their keys: tiles of a paged index, or of its pages, times query heads.
+
+Cut and multiplied as the scores of blocks are (:mod:`slipstream.kernels.triton_score`). On the way a program takes the
+softmax statistics of its logits, which the choice of tokens needs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from slipstream.kernels.launch import block_size as power_of_two
+from slipstream.kernels.launch import launch_options
+from slipstream.kernels.triton_score import cut, group_rows, tile_of
+from slipstream.kernels.triton_weights import FLOAT_MAX, LOG2_E, finite
+
+LABEL_TILE = 256  # tokens
+LABEL_TOKENS_PER_WARP = 64  # two 16-byte labels a thread; with fewer the way to the tensor cores is byte by byte
+LABEL_STAGES = 4
+KEY_TILE_BYTES = 16384
+KEY_WARPS = 4
+
+
+@triton.jit
+def _codes(packed, dtype: tl.constexpr, OFFSET: tl.constexpr):
+    """Codes of the first and of the second half of the channels, in the model's dtype, each plus OFFSET.
+
+    In bfloat16 128 + n is 0x4300 | n. Left to itself the compiler converts byte by byte, which costs more than reading
+    the labels; seven instructions turn four bytes into eight codes.
+    """
+    if OFFSET:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high;
+            and.b32 low, $4, 0x0F0F0F0F;
+            shr.u32 high, $4, 4;
+            and.b32 high, high, 0x0F0F0F0F;
+            prmt.b32 $0, low, 0x43434343, 0x4140;
+            prmt.b32 $1, low, 0x43434343, 0x4342;
+            prmt.b32 $2, high, 0x43434343, 0x4140;
+            prmt.b32 $3, high, 0x43434343, 0x4342;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (packed & 15).to(dtype), (packed >> 4).to(dtype)
+
+
+@triton.jit
+def _add_tile(logits, live, peak, weight):
+    """Statistics of a row with one more tile [BLOCK_N, BLOCK_G]: NaN counts as -inf, +inf as the largest float."""
+    x = tl.where(live[:, None], finite(logits), -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(x, axis=0))
+    new_weight = tl.sum(tl.exp2((x - new_peak[None, :]) * LOG2_E), axis=0)
+    return new_peak, weight * tl.exp2((peak - new_peak) * LOG2_E) + new_weight
+
+
+@triton.jit
+def _group_peak(logits, in_group):
+    """logits: [BLOCK_N, BLOCK_G] -> [BLOCK_N]: the largest of the group, NaN least of all."""
+    return tl.max(tl.where(in_group[None, :] & (logits == logits), logits, -float("inf")), axis=1)
+
+
+@triton.jit
+def _store_partial(partials_ptr, peak, weight, request, head, in_group, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):
+    """To this program's place in ``partials_ptr`` [B, Hk, programs, 2, BLOCK_S]; absent heads weigh nothing."""
+    row = request.to(tl.int64) * tl.num_programs(1) + head
+    group = tl.arange(0, BLOCK_G)
+    at = partials_ptr + (row * tl.num_programs(0) + tl.program_id(0)) * 2 * BLOCK_S + group
+    tl.store(at, tl.where(in_group, peak, -FLOAT_MAX), mask=group < BLOCK_S)
+    tl.store(at + BLOCK_S, tl.where(in_group, weight, 0.0), mask=group < BLOCK_S)
+
+
+@triton.jit
+def _label_kernel(
+    q_ptr,
+    channels_ptr,
+    labels_ptr,
+    scales_ptr,
+    table_ptr,
+    lengths_ptr,
+    blocks_ptr,
+    out_ptr,
+    partials_ptr,
+    scale,
+    table_stride,
+    num_candidates,
+    tiles_per_program,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEAK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (chunks of tiles of candidates, Hk, B). CHOSEN: candidates are the tokens of ``blocks_ptr``.
+
+    A program's softmax statistics go to ``partials_ptr`` [B, Hk, chunks, 2, BLOCK_S]. PEAK: instead only the largest
+    logit of the group is wanted, ``out_ptr`` is [B, Hk, C], and there are no statistics.
+    """
+    head, request = tl.program_id(1), tl.program_id(2)
+    group, half = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
+    in_group, in_half = group < GROUP, half < HALF
+    # Channels never change in a step, so they need not wait for the kernel before.
+    channels = channels_ptr + head * 2 * HALF + half
+    first_channels = tl.load(channels, mask=in_half, other=0)
+    second_channels = tl.load(channels + HALF, mask=in_half, other=0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    length = tl.load(lengths_ptr + request)
+    if CHOSEN:
+        limit = tl.where(length > 0, num_candidates, 0)
+    else:
+        limit = tl.minimum(length, num_candidates)
+    begin = tl.program_id(0) * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, tl.cdiv(limit, BLOCK_N))
+    peak = tl.full((BLOCK_G,), -FLOAT_MAX, tl.float32)
+    weight = tl.zeros((BLOCK_G,), tl.float32)
+    if begin < end:
+        heads = group_rows(request, head, GROUP, NUM_KV, BLOCK_G)
+        mask = in_group[None, :] & in_half[:, None]
+        first_q = tl.load(q_ptr + heads[None, :] * DIM + first_channels[:, None], mask=mask, other=0.0)
+        second_q = tl.load(q_ptr + heads[None, :] * DIM + second_channels[:, None], mask=mask, other=0.0)
+        total = tl.sum(first_q.to(tl.float32) + second_q.to(tl.float32), axis=0) * scale
+        table = table_ptr + request.to(tl.int64) * table_stride
+        for tile in range(begin, end):
+            candidates = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            if CHOSEN:
+                blocks = blocks_ptr + (request.to(tl.int64) * NUM_KV + head) * (num_candidates // BLOCK_SIZE)
+                block = tl.load(blocks + candidates // BLOCK_SIZE, mask=candidates < num_candidates, other=-1)
+                tokens = block * BLOCK_SIZE + candidates % BLOCK_SIZE
+                live = (block >= 0) & (tokens < length)
+            else:
+                tokens = candidates
+                live = tokens < limit
+            pages = tl.load(table + tokens // PAGE, mask=live, other=0).to(tl.int64)
+            rows = (pages * NUM_KV + head) * PAGE + tokens % PAGE
+            packed = tl.load(
+                labels_ptr + rows[:, None] * HALF + half[None, :], mask=live[:, None] & in_half[None, :], other=0
+            )
+            both = tl.load(scales_ptr + rows, mask=live, other=0)
+            step = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            first, second = _codes(packed, first_q.dtype, OFFSET)
+            dots = tl.dot(first, first_q, input_precision="ieee")
+            dots = tl.dot(second, second_q, dots, input_precision="ieee")
+            zero -= OFFSET * step
+            logits = dots * (step * scale)[:, None] + total[None, :] * zero[:, None]
+            if PEAK:
+                row = (request.to(tl.int64) * NUM_KV + head) * num_candidates
+                tl.store(out_ptr + row + candidates, _group_peak(logits, in_group), mask=live)
+            else:
+                out = out_ptr + heads[None, :] * num_candidates + candidates[:, None]
+                tl.store(out, logits, mask=in_group[None, :] & live[:, None])
+                peak, weight = _add_tile(logits, live, peak, weight)
+    if not PEAK:
+        _store_partial(partials_ptr, peak, weight, request, head, in_group, BLOCK_G, BLOCK_S)
+
+
+@triton.jit
+def _key_kernel(
+    q_ptr,
+    k_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    partials_ptr,
+    scale,
+    table_stride,
+    num_tokens,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEAK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles of the table's tokens, Hk, B), with partials as the label kernel's."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    tile, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    table = table_ptr + request.to(tl.int64) * table_stride
+    pages = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0).to(tl.int64)
+    length = tl.load(lengths_ptr + request)
+    in_group = tl.arange(0, BLOCK_G) < GROUP
+    peak = tl.full((BLOCK_G,), -FLOAT_MAX, tl.float32)
+    weight = tl.zeros((BLOCK_G,), tl.float32)
+    if tile * BLOCK_N < length:
+        dims = tl.arange(0, BLOCK_D)
+        in_dim, live = dims < DIM, tokens < length
+        heads = group_rows(request, head, GROUP, NUM_KV, BLOCK_G)
+        q = tl.load(q_ptr + heads[None, :] * DIM + dims[:, None], mask=in_group[None, :] & in_dim[:, None], other=0.0)
+        rows = (pages * NUM_KV + head) * PAGE + tokens % PAGE
+        k = tl.load(k_ptr + rows[:, None] * DIM + dims[None, :], mask=live[:, None] & in_dim[None, :], other=0.0)
+        logits = tl.dot(k, q, input_precision="ieee") * scale
+        if PEAK:
+            row = (request.to(tl.int64) * NUM_KV + head) * num_tokens
+            tl.store(out_ptr + row + tokens, _group_peak(logits, in_group), mask=live)
+        else:
+            out = out_ptr + heads[None, :] * num_tokens + tokens[:, None]
+            tl.store(out, logits, mask=in_group[None, :] & live[:, None])
+            peak, weight = _add_tile(logits, live, peak, weight)
+    if not PEAK:
+        _store_partial(partials_ptr, peak, weight, request, head, in_group, BLOCK_G, BLOCK_S)
+
+
+def label_logits(
+    q: Tensor,
+    channels: Tensor,
+    labels: Tensor,
+    scales: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """See :func:`slipstream.kernels.reference_index.label_logits`. Contiguous tensors."""
+    return label_logits_and_partials(q, channels, labels, scales, page_table, lengths, blocks, block_size, scale)[0]
+
+
+def label_logits_and_partials(
+    q: Tensor,
+    channels: Tensor,
+    labels: Tensor,
+    scales: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    blocks: Tensor | None,
+    block_size: int,
+    scale: float,
+    peak: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The logits, and what :func:`slipstream.kernels.triton_topk.top_tokens` wants to know of them.
+
+    peak: the largest of each group instead, [B, Hk, C], of which there is nothing more to know.
+    """
+    requests, num_q, dim = q.shape
+    num_kv, page, half = labels.shape[1:]
+    assert all(x is None or x.is_contiguous() for x in (q, channels, labels, scales, blocks))
+    candidates = page_table.shape[1] * page if blocks is None else blocks.shape[2] * block_size
+    out = torch.empty((requests, num_kv if peak else num_q, candidates), dtype=torch.float32, device=q.device)
+    tile, per_program, programs = cut(max(candidates, 1), max(requests, 1) * num_kv, LABEL_TILE, q.device)
+    partials = _partials(q, num_kv, programs)
+    if not out.numel():
+        return out, partials
+    _label_kernel[(programs, num_kv, requests)](
+        q, channels, labels, scales.view(torch.int32), page_table, lengths, blocks, out, partials, scale,
+        page_table.stride(0), candidates, per_program,
+        NUM_KV=num_kv, GROUP=num_q // num_kv, PAGE=page, DIM=dim, HALF=half, BLOCK_SIZE=block_size,
+        CHOSEN=blocks is not None, OFFSET=128 if q.is_cuda and q.dtype == torch.bfloat16 else 0,
+        BLOCK_G=power_of_two(num_q // num_kv, smallest=8), BLOCK_S=partials.shape[4],
+        BLOCK_H=power_of_two(half, smallest=16), BLOCK_N=tile, PEAK=peak,
+        **launch_options(
+            q, num_warps=max(1, tile // LABEL_TOKENS_PER_WARP), num_stages=LABEL_STAGES if per_program > 1 else 1
+        ),
+    )  # fmt: skip
+    return out, partials
+
+
+def _partials(q: Tensor, num_kv: int, programs: int) -> Tensor:
+    """Room for the softmax statistics of each program: [B, Hk, programs, 2, power of two of the group]."""
+    shape = (q.shape[0], num_kv, programs, 2, power_of_two(q.shape[1] // num_kv))
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def key_logits(q: Tensor, k_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """See :func:`slipstream.kernels.reference_index.key_logits`. Contiguous tensors."""
+    return key_logits_and_partials(q, k_pages, page_table, lengths, scale)[0]
+
+
+def key_logits_and_partials(
+    q: Tensor, k_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float, peak: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As :func:`label_logits_and_partials`."""
+    requests, num_q, dim = q.shape
+    num_kv, page = k_pages.shape[1:3]
+    assert q.is_contiguous() and k_pages.is_contiguous() and q.dtype == k_pages.dtype
+    tokens = page_table.shape[1] * page
+    out = torch.empty((requests, num_kv if peak else num_q, tokens), dtype=torch.float32, device=q.device)
+    block_dim = power_of_two(dim, smallest=16)
+    tile = tile_of(KEY_TILE_BYTES, block_dim * q.element_size())
+    programs = triton.cdiv(tokens, tile)
+    partials = _partials(q, num_kv, programs)
+    if not out.numel():
+        return out, partials
+    _key_kernel[(programs, num_kv, requests)](
+        q, k_pages, page_table, lengths, out, partials, scale, page_table.stride(0), tokens,
+        NUM_KV=num_kv, GROUP=num_q // num_kv, PAGE=page, DIM=dim,
+        BLOCK_G=power_of_two(num_q // num_kv, smallest=8), BLOCK_S=partials.shape[4],
+        BLOCK_D=block_dim, BLOCK_N=tile, PEAK=peak,
+        **launch_options(q, num_warps=KEY_WARPS),
+    )  # fmt: skip
+    return out, partials

@@ -1,0 +1,1 @@
+"""HTTP over one engine, in OpenAI's words. Needs the packages of ``slipstream[serve]``."""

@@ -1,0 +1,193 @@
+"""The routes, and the process around them: one socket, one event loop, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import logging
+import math
+import re
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse, Response
+
+from slipstream.llm import LLM
+from slipstream.server.answer import Answer, Scale
+from slipstream.server.config import Keys, ServerConfig
+from slipstream.server.door import Door, log_to_stderr
+from slipstream.server.errors import ApiError, on_http_error, on_invalid
+from slipstream.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from slipstream.server.service import Service
+
+log = logging.getLogger("slipstream.server")
+PAGE = Path(__file__).with_name("page.html")
+
+
+def create_app(llm: LLM, config: ServerConfig | None = None, scale: Scale | None = None) -> FastAPI:
+    """The server as an ASGI application, which drives ``llm`` from now on and closes it at its end.
+
+    scale: test-time scaling over a draft and this model; without it, requests that ask for it are refused.
+    """
+    service = Service(llm, config or ServerConfig())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(llm.close)
+
+    app = FastAPI(title="Slipstream", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Door, config=service.config, gate=service.gate, metrics=service.metrics)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.state.service = service
+    _add_generation(app, Answer(service, scale))
+    _add_text(app, service)
+    _add_state(app, service)
+    return app
+
+
+def _add_generation(app: FastAPI, answer: Answer) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        return await answer.completion(body, http)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, http: HttpRequest) -> Response:
+        return await answer.chat(body, http)
+
+
+def _add_text(app: FastAPI, service: Service) -> None:
+    created = int(time.time())
+
+    def card() -> dict[str, Any]:
+        known = {"id": service.name, "object": "model", "created": created, "owned_by": "slipstream"}
+        return known | {"root": service.llm.name, "parent": None, "max_model_len": service.max_model_len}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card()
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            (ids,) = await service.encode([body.prompt], body.add_special_tokens)
+        else:
+            ids = await service.encode_chat(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+        found = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
+        return found | {"token_strs": [service.token_text(i) for i in ids] if body.return_token_strs else None}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        service.check_model(body.model)
+        return {"prompt": await service.decode(body.tokens)}
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    digests = [
+        base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        for part in re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", page, re.DOTALL)
+    ]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    policy = f"default-src 'none'; style-src {allowed}; script-src {allowed}; connect-src 'self'; img-src data:; "
+    policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    began = time.monotonic()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if service.lost is not None:
+            raise ApiError(503, "the engine is lost: restart the server", code="engine_lost")
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        await health()
+        if service.gate.is_full:
+            raise ApiError(503, "the queue is full", code="queue_full", headers={"Retry-After": "1"})
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/stats")
+    async def stats() -> dict[str, Any]:
+        """What the page shows: the engine's statistics, this server's, and the last certificate of scaling."""
+        server = {"queued_chains": service.gate.chains, "queued_tokens": service.gate.tokens}
+        clock = {"model": service.name, "uptime_s": time.monotonic() - began, "max_model_len": service.max_model_len}
+        return clock | {
+            "engine": {name: value if _is_json(value) else str(value) for name, value in service.llm.stats().items()},
+            "server": server | service.metrics.medians(),
+            "scaling": service.certificate,
+        }
+
+    @app.get("/")
+    async def live() -> HTMLResponse:
+        guards = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+        return HTMLResponse(page, headers=guards)
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
+
+
+# -- the process
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening socket, taken (and the keys read) before a model is loaded: ``OSError`` for a port in use."""
+    if config.api_key_file:
+        Keys(config.api_key_file)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen on {config.host} port {config.port}: {error.strerror or error}") from error
+
+
+def make_server(llm: LLM, config: ServerConfig, scale: Scale | None = None) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_app(llm, config, scale),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=config.drain_s,
+        )
+    )
+
+
+def serve(llm: LLM, config: ServerConfig, sock: socket.socket, scale: Scale | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; then accept nothing new, let requests end for ``drain_s``, cancel the rest."""
+    log_to_stderr(config.log_json)
+    llm.engine.warmup()
+    if not config.is_loopback and not config.api_key_file:
+        log.warning("listening on %s without an API key: whoever reaches this port may use the model", config.host)
+    server = make_server(llm, config, scale)
+    host, port = sock.getsockname()[:2]
+    log.info("serving %s on http://%s:%s", llm.name, f"[{host}]" if ":" in host else host, port)
+    server.run(sockets=[sock])

@@ -1,0 +1,118 @@
+"""Streams of scores from files, and what is measured on them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from slipstream.atts.conformal import Conformal
+from slipstream.atts.replay import Test as Row
+from slipstream.atts.replay import agreement, read_tests, replay, summary
+from slipstream.cli_scale import app
+
+
+def rows(count=600, seed=0):
+    draw = np.random.default_rng(seed)
+    return [Row(i // 60, i % 60 % 12, i % 60 // 12, float(draw.normal(i // 60, 1))) for i in range(count)]
+
+
+def write_lines(path, tests):
+    names = ("question", "sample", "turn", "nll")
+    path.write_text("".join(json.dumps(dict(zip(names, test, strict=True))) + "\n" for test in tests))
+    return path
+
+
+def write_arrays(path, tests, prefix="", **more):
+    columns = zip(*tests, strict=True)
+    names = ("problem", "sample", "turn", "ppl")
+    arrays = {prefix + n: np.array(c) for n, c in zip(names, columns, strict=True)}
+    arrays[prefix + "ppl"] = np.exp(arrays[prefix + "ppl"])
+    np.savez(path, **arrays, **{prefix + n: v for n, v in more.items()})
+    return path
+
+
+def test_lines_and_arrays_are_one_stream(tmp_path):
+    tests = rows()
+    lines = read_tests(write_lines(tmp_path / "a.jsonl", tests))
+    arrays = read_tests(write_arrays(tmp_path / "a.npz", tests))
+    assert lines == tests
+    assert [t[:3] for t in arrays] == [t[:3] for t in tests]
+    assert np.allclose([t.nll for t in arrays], [t.nll for t in tests])
+    config = Conformal(alpha=0.4)
+    assert replay(lines, config)[0] == replay(tests, config)[0]
+
+
+def test_rows_with_an_answer_are_no_tests_and_streams_have_names(tmp_path):
+    tests = rows(100)
+    found = np.arange(100) % 4 == 0
+    path = write_arrays(tmp_path / "a.npz", tests, "pair__", answer_found=found)
+    assert len(read_tests(path, "pair")) == 75
+    with pytest.raises(ValueError, match="it has the streams pair"):
+        read_tests(path)
+
+
+def test_agreement_with_the_ranking_that_waits():
+    """One group of five, alpha 0.4: the ranking takes the two most doubtful; a group of four is not looked at."""
+    tests = [Row("q", s, 0, x) for s, x in enumerate([5.0, 4.0, 3.0, 2.0, 1.0])]
+    assert agreement(tests, [True, True, False, False, False], 0.4) == 1.0
+    assert agreement(tests, [False, True, True, False, False], 0.4) == pytest.approx(0.6)
+    assert agreement(tests[:4], [True] * 4, 0.4) is None
+
+
+def test_summary_measures_what_it_says():
+    tests = rows()
+    found = summary(tests, Conformal(alpha=0.4))
+    rejected, certificate = replay(tests, Conformal(alpha=0.4))
+    assert found["rate"] == sum(rejected) / len(rejected)
+    windows = [sum(rejected[i : i + 200]) / 200 for i in range(len(rejected) - 199)]
+    assert found["worst_window"] == pytest.approx(max(abs(w - 0.4) for w in windows))
+    first = [r for t, r in zip(tests, rejected, strict=True) if t.turn == 0]
+    assert found["rate_per_turn"]["0"] == pytest.approx(sum(first) / len(first))
+    ninth = [r for t, r in zip(tests, rejected, strict=True) if t.question == 9]
+    assert found["rate_per_question"]["9"] == pytest.approx(sum(ninth) / len(ninth))
+    assert found["agreement"] > 0.75 and certificate.holds
+
+
+def test_the_question_is_centred_out():
+    """Questions differ by far more than turns do: raw ranks take whole questions over, centred ones do not."""
+    worst = {mode: summary(rows(), Conformal(alpha=0.4, mode=mode, gamma_turn=0))["question_deviation"] for mode in
+             ("per-question", "static")}  # fmt: skip
+    assert worst["per-question"] < 0.06 < 0.2 < worst["static"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2"),
+        ('{"question": 1, "sample": 0, "turn": 0}', "line 2.*nll"),
+        ('{"question": 1, "sample": 0, "turn": 0, "nll": NaN}', "line 2.*NaN"),
+        ('{"question": [1], "sample": 0, "turn": 0, "nll": 1}', "line 2"),
+        ("[1, 2]", "line 2"),
+        ('{"question": 1, "sample": 0, "turn": "x", "nll": 1}', "line 2"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": 1, "sample": 0, "turn": 0, "nll": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_tests(path)
+
+
+def test_an_empty_stream_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no tests"):
+        read_tests(tmp_path / "a.jsonl")
+
+
+def test_command_line(tmp_path):
+    log, out = write_lines(tmp_path / "a.jsonl", rows()), tmp_path / "out.json"
+    done = CliRunner().invoke(app, ["replay", str(log), "--alpha", "0.4", "--mode", "marginal", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert found["mode"] == "marginal" and abs(found["rate"] - 0.4) < 0.02
+    assert found["certificate"]["holds"] and math.isclose(found["window_bound"], 0.06)
+    assert "guaranteed: 0.060" in done.output
+    failed = CliRunner().invoke(app, ["replay", str(log), "--alpha", "1.5"])
+    assert isinstance(failed.exception, ValueError) and "[0, 1]" in str(failed.exception)
