@@ -85,10 +85,63 @@ def decode_cpu() -> str:
     return table(["batch", "ours, tokens/s", "transformers, tokens/s", "ratio"], rows)
 
 
+def operator_sparse() -> str:
+    """Microseconds of one layer, by method."""
+    points = [p for p in load("h200/operator_sparse.json")["points"] if not p.get("gated")]
+    methods = ("full", "two_level", "quest", "double_sparsity")
+    rows = []
+    for context in sorted({p["context"] for p in points}):
+        for batch in (1, 4, 8):
+            at = {p["method"]: p for p in points if (p["batch"], p["context"]) == (batch, context)}
+            ours = at["two_level"]
+            times = [f"{at[name]['total_us']:.1f}" for name in methods]
+            stages = " + ".join(f"{ours[stage]:.0f}" for stage in ("score_us", "select_us", "attend_us"))
+            speedup = at["full"]["total_us"] / ours["total_us"]
+            rows.append([f"{batch} x {context:,}", *times, stages, f"{ours['floor_us']:.1f}", f"**{speedup:.1f}**"])
+    head = ["batch x context", "FlashInfer", "two_level", "quest", "double sparsity"]
+    return table([*head, "score + select + attend", "bytes alone", "full / two_level"], rows)
+
+
+def decode_methods() -> str:
+    points = load("h200/decode_methods.json")["points"]
+    rows = []
+    for batch, context in dict.fromkeys((p["batch"], p["context"]) for p in points):
+        at = {p["method"]: p["tpot_ms"] for p in points if (p["batch"], p["context"]) == (batch, context)}
+        times = [f"{at[name]:.2f}" for name in ("full", "two_level", "quest", "double_sparsity")]
+        rows.append([f"{batch} x {context:,}", *times, f"**{at['two_level'] / at['full']:.2f}**"])
+    return table(["batch x context", "full", "two_level", "quest", "double sparsity", "two_level / full"], rows)
+
+
+def accuracy_sparse() -> str:
+    """Share of 100 problems right, protocol B, at 128 tokens: where methods differ."""
+    found: dict[tuple[str, str], float] = {}
+    names = {
+        "two_level": "two_level",
+        "two_level:block_score=minmax4x16": "two_level, minmax4x16",
+        "quest:dense_layers=0": "quest",
+        "double_sparsity:dense_layers=0": "double sparsity",
+        "oracle": "oracle",
+    }
+    for file in ("h200/accuracy_survey.json", "h200/accuracy.json"):
+        for p in load(file)["points"]:
+            if p["part"] == "retrieval" and p["method"] in names and p["tokens"] == 128 and p["protocol"] == "B":
+                found[p["cell"].removesuffix(" protocol=B"), p["method"]] = p["accuracy"]
+    rows = []
+    for cell in dict.fromkeys(cell for cell, _ in found):
+        task, length = cell.split(" num_tokens=")
+        if task != "needle_multivalue":  # the model cannot do it with full attention either
+            shares = [f"{found[cell, method]:.2f}" for method in names]
+            rows.append([f"{task}, {int(length):,}, 1/{int(length) // 128}", *shares])
+    return table(["task, context, budget", *names.values()], sorted(rows, key=lambda row: row[0].split(", ")[1]))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode-h200": decode_h200,
     "operator-dense": operator_dense,
     "decode-cpu": decode_cpu,
+    "operator-sparse": operator_sparse,
+    "decode-methods": decode_methods,
+    "accuracy-sparse": accuracy_sparse,
 }
 
 
