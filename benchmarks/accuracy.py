@@ -155,7 +155,7 @@ def measure(report: Report, args: argparse.Namespace, work: Sequence[tuple[str, 
 def merge(report: Report, args: argparse.Namespace) -> None:
     """One result of what the shards measured; what they left out is left out of it too."""
     parts = [json.loads(Path(name).read_text(encoding="utf-8")) for name in args.merge]
-    report.points = [point for part in parts for point in part["points"]]
+    report.points = [point | {"task": point["cell"].split()[0]} for part in parts for point in part["points"]]
     report.notes["wall_s"] = max(part.get("wall_s", 0.0) for part in parts)
     report.notes["skipped"] = parts[0].get("skipped", [])
     report.notes["left_out"] = [arm for part in parts for arm in part.get("left_out", [])]

@@ -369,9 +369,10 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     known = {label: handle for a in axes.flat for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
     ordered = [method for method in methods if method in known]
     figure.suptitle(title)
-    figure.supxlabel("tokens of keys and values read per step and KV head", fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens of keys and values read per step and KV head", fontsize=10)
     figure.supylabel("problems solved", fontsize=10)
-    figure.legend([known[m] for m in ordered], ordered, loc="outside right upper", frameon=False)
+    figure.legend([known[m] for m in ordered], ordered, loc="outside lower center", ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
