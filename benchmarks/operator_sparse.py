@@ -26,7 +26,7 @@ from shapes import QWEN3_8B
 from slipstream.attention.dense import DenseBackend
 from slipstream.attention.sparse import DENSE, INDEXING, SPARSE, SparseBackend
 from slipstream.build import parse_attention
-from slipstream.kernels import ops, reference_select, sparse
+from slipstream.kernels import ops, reference_select, sparse, triton_logits
 from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.pool import KVPool
 from slipstream.types import Batch, ModelSpec
@@ -221,9 +221,10 @@ class Arm:
                 chosen = torch.rand((*shape[:2], most), device=DEVICE).argsort(-1)[:, :, : shape[2]].sort(-1).values
                 blocks = chosen.int().contiguous()
             size = 1 if blocks is None else own.block
+            peak = own.aggregate == "peak"  # as the product scores: with the statistics of a softmax, or without
             total += per_layer_us(
-                lambda layer: sparse.label_logits(
-                    q[layer], *index.labels(layer), step.page_table, step.lengths, blocks, size, SPEC.scale
+                lambda layer: triton_logits.label_logits_and_partials(
+                    q[layer], *index.labels(layer), step.page_table, step.lengths, blocks, size, SPEC.scale, peak
                 )
             )
         return total
