@@ -157,7 +157,7 @@ def merge(report: Report, args: argparse.Namespace) -> None:
     parts = [json.loads(Path(name).read_text(encoding="utf-8")) for name in args.merge]
     report.points = [point | {"task": point["cell"].split()[0]} for part in parts for point in part["points"]]
     report.notes["wall_s"] = max(part.get("wall_s", 0.0) for part in parts)
-    report.notes["skipped"] = parts[0].get("skipped", [])
+    report.notes |= {name: parts[0][name] for name in ("device", "versions", "commit")}  # where it was measured
     report.notes["left_out"] = [arm for part in parts for arm in part.get("left_out", [])]
     report.notes["shards"] = len(parts)
     shown = [row for row in report.points if row["part"] in ("retrieval", "programs", "long")]

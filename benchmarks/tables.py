@@ -112,27 +112,43 @@ def decode_methods() -> str:
     return table(["batch x context", "full", "two_level", "quest", "double sparsity", "two_level / full"], rows)
 
 
+METHODS = {
+    "two_level": "two_level",
+    "quest:dense_layers=0": "quest",
+    "double_sparsity:dense_layers=0": "double sparsity",
+    "oracle": "oracle",
+    "full": "full",
+}
+
+
 def accuracy_sparse() -> str:
-    """Share of 100 problems right, protocol B, at 128 tokens: where methods differ."""
-    found: dict[tuple[str, str], float] = {}
-    names = {
-        "two_level": "two_level",
-        "two_level:block_score=minmax4x16": "two_level, minmax4x16",
-        "quest:dense_layers=0": "quest",
-        "double_sparsity:dense_layers=0": "double sparsity",
-        "oracle": "oracle",
-    }
-    for file in ("h200/accuracy_survey.json", "h200/accuracy.json"):
-        for p in load(file)["points"]:
-            if p["part"] == "retrieval" and p["method"] in names and p["tokens"] == 128 and p["protocol"] == "B":
-                found[p["cell"].removesuffix(" protocol=B"), p["method"]] = p["accuracy"]
+    """Share of 100 problems right at 128 tokens, protocol B: where methods differ."""
+    points = load("h200/accuracy.json")["points"]
+    found = {(p["cell"].removesuffix(" protocol=B"), p["method"]): p["accuracy"] for p in points if _is_small(p)}
     rows = []
-    for cell in dict.fromkeys(cell for cell, _ in found):
+    for cell in sorted(
+        {cell for cell, method in found if method == "two_level"}, key=lambda cell: (int(cell.split("=")[1]), cell)
+    ):
         task, length = cell.split(" num_tokens=")
         if task != "needle_multivalue":  # the model cannot do it with full attention either
-            shares = [f"{found[cell, method]:.2f}" for method in names]
+            shares = [f"{found[cell, method]:.2f}" for method in METHODS]
             rows.append([f"{task}, {int(length):,}, 1/{int(length) // 128}", *shares])
-    return table(["task, context, budget", *names.values()], sorted(rows, key=lambda row: row[0].split(", ")[1]))
+    return table(["task, context, budget", *METHODS.values()], rows)
+
+
+def _is_small(point: dict[str, Any]) -> bool:
+    return point["part"] == "retrieval" and point["method"] in METHODS and (
+        point["method"] == "full" or (point["tokens"] == 128 and point["protocol"] == "B")
+    )  # fmt: skip
+
+
+def accuracy_chains() -> str:
+    """Share of 100 problems right where the chain is long: programs at 256 tokens."""
+    points = [p for p in load("h200/accuracy.json")["points"] if p["part"] == "programs"]
+    names = METHODS | {"tova": "tova", "window": "window"}
+    found = {(p["cell"], p["method"]): p["accuracy"] for p in points}
+    rows = [[cell, *(f"{found[cell, method]:.2f}" for method in names)] for cell in dict.fromkeys(c for c, _ in found)]
+    return table(["task", *names.values()], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -142,6 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "operator-sparse": operator_sparse,
     "decode-methods": decode_methods,
     "accuracy-sparse": accuracy_sparse,
+    "accuracy-chains": accuracy_chains,
 }
 
 
