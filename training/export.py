@@ -9,18 +9,19 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import latent
+from .latent import LatentConfig, latent_config
 from .model import ModelConfig, draft_config, target_config
 from .tokenizer import IM_END, MAX_LENGTH, PAD, save
-from .weights import load_draft, load_target, shards
+from .weights import load_draft, load_target, shards, stored
 
 
 def hugging_face_config(config: ModelConfig) -> dict:
-    """config.json of ``Qwen3ForCausalLM``."""
-    return {
+    """config.json of ``Qwen3ForCausalLM``, or of ``Glm4MoeLiteForCausalLM``."""
+    fields = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "attention_bias": False,
@@ -48,6 +49,10 @@ def hugging_face_config(config: ModelConfig) -> dict:
         "use_sliding_window": False,
         "vocab_size": config.vocab,
     }
+    if not isinstance(config, LatentConfig):
+        return fields
+    of_qwen = ("max_window_layers", "sliding_window", "use_sliding_window")
+    return {k: v for k, v in fields.items() if k not in of_qwen} | latent.hugging_face_config(config)
 
 
 def export(directory: Path, state: dict[str, Tensor], config: ModelConfig) -> None:
@@ -59,12 +64,13 @@ def export(directory: Path, state: dict[str, Tensor], config: ModelConfig) -> No
     _write(directory / "config.json", hugging_face_config(config))
     generation = {"do_sample": False, "eos_token_id": IM_END, "pad_token_id": PAD}
     _write(directory / "generation_config.json", generation)
+    if isinstance(config, LatentConfig):
+        state = latent.in_format(state, config)
     parts = shards(state)
     index: dict[str, str] = {}
     for i, part in enumerate(parts):
         name = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        plain = {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in part.items()}
-        save_file(plain, directory / name, metadata={"format": "pt"})
+        save_file(stored(part), directory / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(part, name))
     if len(parts) > 1:
         total = sum(2 * tensor.numel() for tensor in state.values())
@@ -80,7 +86,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("assets", type=Path)
     parser.add_argument("--draft", default="100", help="which snapshot becomes the draft, in percent of the run")
+    parser.add_argument("--latent", action="store_true", help="the run was of the latent model: write slipstream-mla")
     options = parser.parse_args()
+    if options.latent:
+        state = load_target(options.run)
+        export(options.assets / "slipstream-mla", state, latent_config(state["model.embed_tokens.weight"].shape[0]))
+        return
     target, draft = load_target(options.run), load_draft(options.run, options.draft)
     vocab = target["model.embed_tokens.weight"].shape[0]
     export(options.assets / "slipstream-target", target, target_config(vocab))

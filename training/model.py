@@ -25,6 +25,11 @@ class ModelConfig:
     theta: float = 1e6
     eps: float = 1e-6
 
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns."""
+        return self.head_dim
+
     def num_parameters(self) -> int:
         attention = self.head_dim * self.hidden * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
         block = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
@@ -46,7 +51,7 @@ def tiny_config(vocab: int) -> ModelConfig:
 
 def rotary_table(config: ModelConfig, length: int, device: torch.device) -> Tensor:
     """[length, 2, D/2] float32: cosines and sines."""
-    half = config.head_dim // 2
+    half = config.rotary_dim // 2
     frequency = config.theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
     angle = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()], 1).float()
@@ -89,25 +94,58 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(rows, -1, dim))
         return rotate(q, table), rotate(k, table), self.v_proj(x).view(rows, -1, dim)
 
+    @torch.no_grad()
+    def share(self, scale: float) -> None:
+        """Keys become mostly their group's mean query, queries follow; the output reads back what the values hold."""
+        config = self.config
+        group = config.heads // config.kv_heads
+        q = self.q_proj.weight.view(config.kv_heads, group, config.head_dim, config.hidden)
+        k = self.k_proj.weight.view(config.kv_heads, config.head_dim, config.hidden)
+        shared = q.mean(1) * group**0.5  # the mean query, back at the scale of one projection
+        k.mul_(0.3).add_(shared, alpha=0.7)
+        q.mul_(0.3).add_(shared[:, None], alpha=0.7)
+        v = self.v_proj.weight.view(config.kv_heads, config.head_dim, config.hidden)
+        o = self.o_proj.weight.view(config.hidden, config.kv_heads, group, config.head_dim)
+        o.add_(v.permute(2, 0, 1)[:, :, None], alpha=3 * scale)
+
+    @torch.no_grad()
+    def look_back(self, common: Tensor, pairs: int = 3) -> None:
+        """KV head 0 attends to the token before, through the fastest rotary pairs, excited by what embeddings share.
+
+        common: the direction that they share, [hidden].
+        """
+        config = self.config
+        half, group = config.head_dim // 2, config.heads // config.kv_heads
+        step = config.theta ** (-torch.arange(pairs, dtype=torch.float64) / half)
+        key, query = torch.zeros(config.head_dim), torch.zeros(config.head_dim)
+        key[:pairs] = 1
+        query[:pairs], query[half : half + pairs] = step.cos().float(), -step.sin().float()
+        self.k_proj.weight[: config.head_dim].mul_(0.1).add_(key[:, None] * common)
+        for head in range(group):
+            rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+            self.q_proj.weight[rows].mul_(0.1).add_(query[:, None] * common)
+
 
 class Mlp(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden, config.mlp, bias=False)
-        self.up_proj = nn.Linear(config.hidden, config.mlp, bias=False)
-        self.down_proj = nn.Linear(config.mlp, config.hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """Layer ``index`` of a model."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden, config.eps)
-        self.self_attn = Attention(config)
+        self.self_attn: nn.Module = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
-        self.mlp = Mlp(config)
+        self.mlp: nn.Module = Mlp(config.hidden, config.mlp)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual stream after attention's output projection and the MLP. attended: [T, Hq * D]."""
@@ -120,21 +158,26 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, block: type[Block]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([block(config, index) for index in range(config.layers)])
         self.norm = RMSNorm(config.hidden, config.eps)
 
 
 class Decoder(nn.Module):
     """The whole model; ``state_dict()`` has the names of ``Qwen3ForCausalLM`` with tied embeddings."""
 
+    block: type[Block] = Block
+
     def __init__(self, config: ModelConfig, seed: int = 0, scale: float = 0.1) -> None:
         super().__init__()
         self.config = config
-        self.model = Body(config)
+        self.model = Body(config, self.block)
         _initialise(self, seed, scale)
+
+    def balance(self) -> None:
+        """After an update: even out the loads of experts, where there are some."""
 
     def hidden(self, tokens: Tensor, table: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
         """Final normed states [T, H]. table: [T, 2, D/2] of the tokens' positions; starts, sizes: see ``attend``."""
@@ -171,8 +214,8 @@ def _initialise(model: Decoder, seed: int, scale: float) -> None:
         weight.normal_(0, 0.02 / (2 * config.layers) ** 0.5 if residual else 0.02, generator=generator)
     common = _embed(model, scale, generator)
     for block in model.model.layers:
-        _share(block.self_attn, config, scale)
-    _look_back(model.model.layers[0].self_attn, config, common)
+        block.self_attn.share(scale)
+    model.model.layers[0].self_attn.look_back(common)
 
 
 def _embed(model: Decoder, scale: float, generator: torch.Generator) -> Tensor:
@@ -188,29 +231,3 @@ def _embed(model: Decoder, scale: float, generator: torch.Generator) -> Tensor:
     weight.add_(common * (0.7 * scale * weight.shape[1] ** 0.5))
     model.model.norm.weight.fill_(0.02 / scale)
     return common
-
-
-def _share(attention: Attention, config: ModelConfig, scale: float) -> None:
-    """Keys become mostly the mean query of their group, queries follow; the output reads back what the values hold."""
-    group = config.heads // config.kv_heads
-    q = attention.q_proj.weight.view(config.kv_heads, group, config.head_dim, config.hidden)
-    k = attention.k_proj.weight.view(config.kv_heads, config.head_dim, config.hidden)
-    shared = q.mean(1) * group**0.5  # the mean query, back at the scale of one projection
-    k.mul_(0.3).add_(shared, alpha=0.7)
-    q.mul_(0.3).add_(shared[:, None], alpha=0.7)
-    v = attention.v_proj.weight.view(config.kv_heads, config.head_dim, config.hidden)
-    o = attention.o_proj.weight.view(config.hidden, config.kv_heads, group, config.head_dim)
-    o.add_(v.permute(2, 0, 1)[:, :, None], alpha=3 * scale)
-
-
-def _look_back(attention: Attention, config: ModelConfig, common: Tensor, pairs: int = 3) -> None:
-    """KV head 0 attends to the token before: through the fastest rotary pairs, excited by what all embeddings share."""
-    half, group = config.head_dim // 2, config.heads // config.kv_heads
-    step = config.theta ** (-torch.arange(pairs, dtype=torch.float64) / half)
-    key, query = torch.zeros(config.head_dim), torch.zeros(config.head_dim)
-    key[:pairs] = 1
-    query[:pairs], query[half : half + pairs] = step.cos().float(), -step.sin().float()
-    attention.k_proj.weight[: config.head_dim].mul_(0.1).add_(key[:, None] * common)
-    for head in range(group):
-        rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-        attention.q_proj.weight[rows].mul_(0.1).add_(query[:, None] * common)

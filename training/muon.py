@@ -32,7 +32,7 @@ class Muon:
         groups: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
         rest: list[nn.Parameter] = []
         for name, weight in model.named_parameters():
-            if weight.dim() == 2 and "embed" not in name:
+            if weight.dim() == 2 and "embed" not in name and not name.endswith(".gate.weight"):  # a router
                 groups[tuple(weight.shape)].append(weight)
             else:
                 rest.append(weight)

@@ -1,6 +1,7 @@
 """Train the embedded target and draft in one run of under ten minutes.
 
-``python -m training.train --out DIR --seconds 380 --limit 590`` on an H200. All schedules are functions of the elapsed
+``python -m training.train --out DIR --seconds 380 --limit 590`` on an H200; with ``--model latent`` the third model
+alone, the one with latent attention and experts. All schedules are functions of the elapsed
 time, so that a run ends inside its limit whatever the machine does; weights are saved before anything is evaluated.
 """
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from . import evaluate as ev
 from .attention import choose
 from .data import FAMILIES, Feed
+from .export import export
+from .latent import LatentDecoder, latent_config, tiny_latent_config
 from .model import Decoder, draft_config, rotary_table, target_config, tiny_config, token_losses
 from .muon import Muon
 from .tokenizer import FastEncoder
@@ -37,6 +40,7 @@ POSITIONS = 16384
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=("pair", "latent"), default="pair")
     parser.add_argument("--seconds", type=float, default=470, help="training ends this long after the start")
     parser.add_argument("--limit", type=float, default=590, help="the process ends itself this long after the start")
     parser.add_argument("--first-stage", type=float, default=90, help="longest first stage, in seconds of training")
@@ -115,19 +119,26 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder = FastEncoder()
         vocab = -(-self.encoder.size // 64) * 64
-        configs = (tiny_config(vocab),) * 2 if options.tiny else (target_config(vocab), draft_config(vocab))
+        if options.model == "latent":
+            configs = [(tiny_latent_config if options.tiny else latent_config)(vocab)]
+        elif options.tiny:
+            configs = [tiny_config(vocab)] * 2
+        else:
+            configs = [target_config(vocab), draft_config(vocab)]
         self.targets = [
             self._learner(f"target{i}", configs[0], options.seed * 100 + i, options.target_lr)
             for i in range(options.inits)
         ]
-        self.draft = self._learner("draft", configs[1], options.seed * 100 + 50, options.draft_lr)
+        self.draft: Learner | None = None
+        if options.model == "pair":
+            self.draft = self._learner("draft", configs[1], options.seed * 100 + 50, options.draft_lr)
         self.table = rotary_table(configs[0], POSITIONS, self.device)
         self.losses = token_losses if options.no_compile else torch.compile(token_losses, dynamic=False)
         sizes = [config.num_parameters() for config in configs]
-        log(f"vocabulary {self.encoder.size} -> {vocab}; target {sizes[0]}, draft {sizes[1]}")
+        log(f"vocabulary {self.encoder.size} -> {vocab}; parameters {sizes}")
 
     def _learner(self, name: str, config, seed: int, lr: float) -> Learner:
-        model = Decoder(config, seed).to(self.device)
+        model = (LatentDecoder if self.options.model == "latent" else Decoder)(config, seed).to(self.device)
         if not self.options.no_compile:
             for block in model.model.layers:
                 block.compile(dynamic=False)
@@ -135,7 +146,7 @@ class Trainer:
 
     @property
     def learners(self) -> list[Learner]:
-        return [*self.targets, self.draft]
+        return [*self.targets, *([] if self.draft is None else [self.draft])]
 
     def backward(self, learner: Learner, batch: dict[str, Tensor], table: Tensor) -> None:
         model = learner.model
@@ -157,6 +168,7 @@ class Trainer:
                 learner.sums.zero_()
             else:
                 learner.optimiser.step(scale)
+                learner.model.balance()
 
     def report(self, learner: Learner) -> dict[str, float]:
         """Log losses and accuracies by family since the last report; returns the hard losses. Clears the sums."""
@@ -185,7 +197,8 @@ class Trainer:
             raise NotTurned(f"retrieval losses {worst}")
         self.log(f"first stage over: keeping {self.targets[best].name}, retrieval losses {worst} (forced: {forced})")
         self.targets = [self.targets[best]]
-        self.report(self.draft)
+        if self.draft is not None:
+            self.report(self.draft)
         return True
 
 
@@ -222,8 +235,7 @@ def train(trainer: Trainer, feed: Feed) -> None:
                 log(f"stage {stage} at step {step}, fraction {fraction:.2f}")
                 feed.stage.value = stage
         while marks and fraction >= marks[0]:
-            keep(trainer.draft, f"{int(marks.pop(0) * 100):03d}")
-            save_drafts(options.out, trainer.draft.snapshots)
+            save(trainer, f"{int(marks.pop(0) * 100):03d}")
         before = time.monotonic()
         batch = to_device(feed.next(), trainer.device)
         waited += time.monotonic() - before
@@ -242,15 +254,21 @@ def train(trainer: Trainer, feed: Feed) -> None:
     log(f"trained {step} steps, {tokens / 1e6:.1f} Mtok in {seconds:.0f} s, waited {waited:.1f} s for data")
 
 
-def keep(learner: Learner, name: str) -> None:
-    state = learner.model.state_dict()
-    learner.snapshots[name] = {key: value.detach().to("cpu", torch.bfloat16).clone() for key, value in state.items()}
+def save(trainer: Trainer, name: str) -> None:
+    """A snapshot of the draft, under this name; without a draft the target as it is, in place of the last one."""
+    draft, out = trainer.draft, trainer.options.out
+    if draft is None:
+        save_target(out, trainer.targets[0].model.state_dict())
+        return
+    state = draft.model.state_dict()
+    draft.snapshots[name] = {key: value.detach().to("cpu", torch.bfloat16).clone() for key, value in state.items()}
+    save_drafts(out, draft.snapshots)
 
 
 def frozen(model: Decoder, state: dict[str, Tensor] | None = None) -> Decoder:
     """A copy for inference: bfloat16 on CUDA (what ships), float32 on the CPU; with other weights if given."""
     device = model.model.norm.weight.device
-    fresh = Decoder(model.config).to(device)
+    fresh = type(model)(model.config).to(device).eval()
     fresh.load_state_dict(state if state is not None else model.state_dict())
     return fresh.to(torch.bfloat16).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
 
@@ -261,7 +279,8 @@ def assess(trainer: Trainer, results: dict) -> None:
     deadline = BEGAN + options.limit - 12
     target = frozen(trainer.targets[0].model)
     plan = [("target", target, c) for c in (*ev.CORE, *ev.FAMILIES)]
-    drafts = {name: frozen(trainer.draft.model, state) for name, state in trainer.draft.snapshots.items()}
+    draft = trainer.draft
+    drafts = {} if draft is None else {name: frozen(draft.model, state) for name, state in draft.snapshots.items()}
     names = sorted(drafts, reverse=True)
     plan += [(f"draft_{n}", drafts[n], c) for n in names for c in ev.DRAFT]
     plan += [("target", target, c) for c in (*ev.SAMPLED, *ev.EXTRA)]
@@ -292,9 +311,11 @@ def assess(trainer: Trainer, results: dict) -> None:
 def finish(trainer: Trainer, feed: Feed, results: dict) -> None:
     """Save what there is, then evaluate."""
     feed.close()
-    keep(trainer.draft, "100")
-    save_drafts(trainer.options.out, trainer.draft.snapshots)
-    save_target(trainer.options.out, trainer.targets[0].model.state_dict())
+    save(trainer, "100")
+    target = trainer.targets[0].model
+    save_target(trainer.options.out, target.state_dict())
+    if isinstance(target, LatentDecoder):
+        export(trainer.options.out / "slipstream-mla", target.state_dict(), target.config)
     trainer.log("saved")
     assess(trainer, results)
 

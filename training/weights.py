@@ -31,11 +31,18 @@ def shards(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         count += 1
 
 
+def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As a file holds them: bfloat16 on the host; the corrections of routers, which only compare, in float32."""
+    return {
+        name: tensor.detach().to("cpu", torch.float32 if "correction" in name else torch.bfloat16).contiguous()
+        for name, tensor in state.items()
+    }
+
+
 def save_target(directory: Path, state: dict[str, Tensor]) -> None:
     """target-1.safetensors, target-2.safetensors, ..."""
     for i, part in enumerate(shards(state)):
-        plain = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in part.items()}
-        save_file(plain, directory / f"target-{i + 1}.safetensors")
+        save_file(stored(part), directory / f"target-{i + 1}.safetensors")
 
 
 def load_target(directory: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from paged_cache import PagedCache, make_cache
 from tolerances import assert_equal
 
-from slipstream.kernels import cpu_decode, ops, reference
+from slipstream.kernels import cpu_decode, ops, reference, reference_select
 
 CPU = torch.device("cpu")
 # (Hq, Hk, D, page size)
@@ -95,3 +95,46 @@ def test_the_catalogue_takes_it_where_it_suits(monkeypatch):
     assert calls == ["gather"]
     assert not cpu_decode.suits(torch.empty(2, 1, 4, 8, device="meta"))
     assert not cpu_decode.suits(torch.empty(1).expand(2**20, 2**5, 2**6, 8))
+
+
+def _sets(lengths, num_kv, width):
+    """Random ascending tokens of each request and head; heads differ in how many."""
+    indices = torch.full((len(lengths), num_kv, width), -1, dtype=torch.int32)
+    counts = torch.zeros((len(lengths), num_kv), dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        for head in range(num_kv):
+            chosen = torch.randperm(length)[: max(0, width - 3 * head - b % 2)].sort().values
+            indices[b, head, : len(chosen)], counts[b, head] = chosen.int(), len(chosen)
+    return indices, counts
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lengths", (LENGTHS, (0, 5, 0), (0, 0), (300,)))
+def test_over_a_selection_it_equals_the_reference(lengths, shape):
+    q, cache = _inputs(lengths, shape)
+    indices, counts = _sets(lengths, shape[1], 17)
+    if len(lengths) == 3:
+        counts[1, 0] = 0  # one head of a request that has others
+    rows = torch.randperm(len(lengths))
+    own = indices[rows.argsort()], counts[rows.argsort()]
+    expected, found = torch.ones_like(q), torch.ones_like(q)
+    reference_select.sparse_attention(q, *cache.args, indices, counts, 0.2, expected)
+    cpu_decode.sparse_attention(q, *cache.args, *own, 0.2, found, rows)
+    assert_equal(found, expected, "attention")
+
+
+def test_over_a_selection_to_the_last_bit_alone_and_whatever_lies_beside():
+    q, cache = _inputs(LENGTHS)
+    indices, counts = _sets(LENGTHS, 2, 40)
+    together = torch.zeros_like(q)
+    cpu_decode.sparse_attention(q, *cache.args, indices, counts, 0.125, together)
+    chosen = torch.zeros(cache.k_pages.shape[:3], dtype=torch.bool)
+    for b in range(len(LENGTHS)):
+        for head in range(2):
+            tokens = indices[b, head, : counts[b, head]].long()
+            chosen[cache.page_table[b, tokens // 64].long(), head, tokens % 64] = True
+    spoiled = [pages.masked_fill(~chosen.unsqueeze(-1), float("nan")) for pages in cache.args[:2]]
+    for b in range(len(LENGTHS)):
+        row, out = slice(b, b + 1), torch.zeros_like(q[:1])
+        cpu_decode.sparse_attention(q[row], *spoiled, cache.page_table[row], indices[row], counts[row], 0.125, out)
+        assert torch.equal(out, together[row])

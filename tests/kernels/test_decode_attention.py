@@ -7,7 +7,7 @@ import torch
 from paged_cache import make_cache, naive_attention, oracle
 from tolerances import assert_equal
 
-from slipstream.kernels import reference, triton_decode
+from slipstream.kernels import ops, reference, triton_decode
 
 DTYPES = (torch.float32, torch.bfloat16)
 ALL_DTYPES = (*DTYPES, torch.float16)
@@ -50,6 +50,22 @@ def test_empty_requests_give_zeros(lengths, device):
     out = triton_decode.decode_attention(q, *cache.args, cache.lengths, 0.2)
     for b, length in enumerate(lengths):
         assert length or out[b].eq(0).all()
+
+
+@pytest.mark.parametrize("lengths", ((0, 300, 0, 5), (0, 0), (130,)))
+def test_empty_requests_keep_what_an_output_holds(lengths, device):
+    """Where one is given: heads that are not attended anew keep what they have."""
+    cache = make_cache(lengths, 2, 8, 32, torch.float32, device)
+    q = _query(len(lengths), 4, 32, torch.float32, device)
+    expected = ops.decode_attention(q, *cache.args, cache.lengths, 0.2)
+    for attend in (ops.decode_attention, triton_decode.decode_attention):
+        out = torch.full_like(q, torch.nan)
+        assert attend(q, *cache.args, cache.lengths, 0.2, out) is out
+        for b, length in enumerate(lengths):
+            if length:
+                assert_equal(out[b], expected[b], "attention")
+            else:
+                assert out[b].isnan().all()
 
 
 def test_a_request_does_not_feel_its_neighbours(device):

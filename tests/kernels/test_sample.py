@@ -142,6 +142,33 @@ def test_no_rows(device):
     assert triton_sample.sample(*empty).shape == (0,)
 
 
+def test_banned_tokens(device, small_blocks):
+    """The best tokens of every other row are held back: the token is that of logits in which they are -inf."""
+    logits = _logits(2 * len(PARAMETERS), 130, torch.float32, device, seed=6)
+    arguments = _arguments(logits, PARAMETERS)
+    rows = torch.arange(len(logits), device=device)
+    until = arguments[-1] + (rows % 2)  # positions < until in odd rows
+    banned = torch.full((len(logits), 4), -1, dtype=torch.int32, device=device)
+    banned[:, :3] = logits.topk(3).indices
+    held = logits.clone()
+    held[1::2] = logits[1::2].scatter(1, banned[1::2, :3].long(), -torch.inf)
+    for sample in (triton_sample.sample, reference.sample):
+        tokens = sample(*arguments, until, banned)
+        assert torch.equal(tokens, sample(held, *arguments[1:]))
+        assert not (tokens[1::2, None] == banned[1::2]).any() and tokens[0] == banned[0, 0]
+    beyond = torch.full_like(banned, 10**6)  # no token of this vocabulary
+    assert torch.equal(reference.sample(*arguments, until, beyond), reference.sample(*arguments))
+    assert torch.equal(triton_sample.sample(*arguments, until, beyond), triton_sample.sample(*arguments))
+
+
+def test_a_row_whose_tokens_are_all_banned_gives_token_0(device, small_blocks):
+    logits = _logits(len(PARAMETERS), 3, torch.float32, device)
+    arguments = _arguments(logits, PARAMETERS)
+    banned = torch.arange(3, dtype=torch.int32, device=device).expand(len(logits), -1).contiguous()
+    for sample in (triton_sample.sample, reference.sample):
+        assert sample(*arguments, arguments[-1] + 1, banned).eq(0).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", (0.01, 1.0, 4.0))

@@ -122,6 +122,25 @@ def test_large_scores_do_not_overflow(device):
     assert_equal(actual, _expected(q, cache, indices, counts, 1e4), "attention")
 
 
+@pytest.mark.parametrize("split", (16, 256))
+def test_rows(split, monkeypatch, device):
+    """Each request uses the row it names: the same as with these rows gathered, to the bit; rows may be shared."""
+    monkeypatch.setattr(triton_sparse, "LARGEST_SPLIT", split)
+    monkeypatch.setattr(triton_sparse, "SMALLEST_SPLIT", split)
+    lengths = (113, 64, 65)
+    cache = make_cache(lengths, 2, 16, 32, torch.float32, device)
+    indices, counts = _selection((64, 64, 64, 64, 64), 2, 48, device)
+    counts[3] = 0
+    q = _query(3, 6, 32, torch.float32, device)
+    for chosen in ((4, 0, 2), (1, 1, 3)):
+        rows = torch.tensor(chosen, device=device)
+        for op in (triton_sparse.sparse_attention, reference_select.sparse_attention):
+            gathered = _attend(op, q, cache, indices[rows], counts[rows], 0.2)
+            out = torch.full_like(q, 7.0)
+            op(q, *cache.args, indices, counts, 0.2, out, rows)
+            assert torch.equal(out, gathered)
+
+
 def test_no_requests(device):
     cache = make_cache((1,), 1, 8, 16, torch.float32, device)
     indices, counts = (x[:0] for x in _selection((1,), 1, 4, device))

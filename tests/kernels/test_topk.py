@@ -95,6 +95,19 @@ def test_top_tokens_of_one_head(kind, device):
     _same(actual, top_tokens(logits.cpu(), None, lengths.cpu(), 1, 16, 12, 3, 8, "sum"))
 
 
+@pytest.mark.parametrize("kind", (*KINDS, "spread", "far"))
+def test_long_rows_are_searched_by_value(kind, device):
+    """Rows of 4096 and more: the same sets, also where values hide all that matters in a sliver of their range."""
+    lengths = _lengths((4500, 4097, 0), device)
+    logits = _scores("random" if kind in ("spread", "far") else kind, (3, 1, 4500), device)
+    if kind == "spread":
+        logits = logits.sign() * 10.0 ** (30 * logits)  # over 200 powers of ten, infinities among them
+    elif kind == "far":
+        logits[:, :, 7] = -3e38
+    actual = triton_topk.top_tokens(logits, None, lengths, 1, 16, 500, 3, 8, "sum")
+    _same(actual, top_tokens(logits.cpu(), None, lengths.cpu(), 1, 16, 500, 3, 8, "sum"))
+
+
 @pytest.mark.parametrize("kind", ("random", "few", "special"))
 @pytest.mark.parametrize("cut", CUTS)
 def test_rows_in_chunks(kind, cut, device, monkeypatch):

@@ -62,7 +62,7 @@ class PagedRun:
 
     def __init__(self, model: CausalLM, spec: ModelSpec, num_requests: int, page_size: int = 4, num_pages: int = 200):
         shape = (spec.num_layers, num_pages, spec.num_kv_heads, page_size, spec.head_dim)
-        self.pool = KVPool(*shape, spec.dtype, model.device)
+        self.pool = KVPool(*shape, spec.dtype, model.device, value_dim=spec.value_dim)
         for pages in (self.pool.k, self.pool.v):
             pages.fill_(float("nan"))
             pages[:, 0] = 0

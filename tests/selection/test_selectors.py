@@ -87,7 +87,7 @@ LENGTHS = [5, 8, 40, 41, 47, 48, 130]
 @pytest.mark.parametrize("method", METHODS)
 def test_selections_are_what_they_promise(method):
     contexts = Contexts(METHODS[method](24), LENGTHS)
-    indices, counts = contexts.select(gated=(2,))
+    indices, counts, _ = contexts.select(gated=(2,))
     assert indices.dtype == counts.dtype == torch.int32 and indices.shape[-1] == 24
     for b, length in enumerate(LENGTHS):
         for tokens, count in zip(indices[b].tolist(), counts[b].tolist(), strict=True):
@@ -104,7 +104,7 @@ def test_selections_are_what_they_promise(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_of_the_context_is_the_context(method):
     lengths = [1, 7, 40, 64]
-    indices, counts = Contexts(METHODS[method](64), lengths).select()
+    indices, counts, _ = Contexts(METHODS[method](64), lengths).select()
     for b, length in enumerate(lengths):
         assert counts[b].tolist() == [length] * 2
         assert indices[b, :, :length].tolist() == [list(range(length))] * 2
@@ -124,7 +124,7 @@ def test_nobody_captures_more_than_the_oracle(seed):
 
 
 def test_a_window_is_the_first_and_the_last():
-    indices, counts = Contexts(Window(10, sink=2, recent=3), [30, 4]).select()
+    indices, counts, _ = Contexts(Window(10, sink=2, recent=3), [30, 4]).select()
     assert indices[0].tolist() == [[0, 1, *range(22, 30)]] * 2
     assert indices[1].tolist() == [[0, 1, 2, 3, *[-1] * 6]] * 2 and counts.tolist() == [[10, 10], [4, 4]]
 

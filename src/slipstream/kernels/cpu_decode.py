@@ -1,4 +1,4 @@
-"""Decode attention in fp32 on a CPU that reads every key and value where it lies.
+"""Decode and sparse attention in fp32 on a CPU that read every key and value where it lies.
 
 The definition is :func:`slipstream.kernels.reference.decode_attention`, which gathers the pages first: that costs as
 much as attending. Here two ops of torch that follow a list of rows do the work: a sampled matrix product (the scores
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from slipstream.kernels.reference import shares_rows
 
 with warnings.catch_warnings():  # torch says once per process that its sparse tensors are young
     warnings.simplefilter("ignore")
@@ -44,15 +46,16 @@ def suits(k_pages: Tensor) -> bool:
 def decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
-    """:func:`reference.decode_attention` over pages that :func:`suits` takes. q: [B, Hq, D] -> [B, Hq, D]."""
+    """:func:`reference.decode_attention` over pages that :func:`suits` takes. q: [B, Hq, D] -> [B, Hq, Dv]."""
     num_q, dim = q.shape[1:]
     num_kv, page_size = k_pages.shape[1:3]
     sizes = tuple(lengths.tolist())
     if not any(sizes):
-        return torch.zeros_like(q)
+        return q.new_zeros((*q.shape[:2], v_pages.shape[3]))
     used = page_table[:, : -(-max(sizes) // page_size)]
     reads = _reads(used.numpy().tobytes(), sizes, num_q, num_kv, page_size)
-    queries, keys, values = q.reshape(-1, dim), k_pages.view(-1, dim), v_pages.view(-1, dim)
+    queries, keys = q.reshape(-1, dim), k_pages.view(-1, dim)
+    values = keys if shares_rows(k_pages, v_pages) else v_pages.view(-1, dim)
     shape = (queries.shape[0], keys.shape[0])
     wanted = torch.sparse_csr_tensor(reads.starts, reads.keys, torch.zeros(reads.keys.shape), shape)
     scores = torch.sparse.sampled_addmm(wanted, queries, keys.t(), beta=0, alpha=scale, out=wanted).values()
@@ -60,7 +63,52 @@ def decode_attention(
     weights = [run.view(-1, length).softmax(-1).view(-1) for run, length in runs]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     out = torch.embedding_bag(values, reads.keys, reads.starts, False, 0, False, weight, include_last_offset=True)[0]
-    return out.view(q.shape)
+    return out.view(q.shape)[..., : v_pages.shape[3]].contiguous()
+
+
+def sparse_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float,
+    out: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """:func:`reference_select.sparse_attention` over pages that :func:`suits` takes, into ``out`` [B, Hq, Dv]."""
+    (num_kv, page_size, dim), group = k_pages.shape[1:], q.shape[1] // k_pages.shape[1]
+    if rows is not None:
+        indices, counts = indices.index_select(0, rows), counts.index_select(0, rows)
+    stored = k_pages.view(-1, dim)
+    width = min(indices.shape[-1], len(stored))  # torch holds no more entries than a dense matrix has
+    indices, live = indices[..., :width], counts.any(-1).nonzero().squeeze(1)
+    if len(live) == 0:
+        return
+    target = out
+    if len(live) < len(counts):
+        q, page_table, indices, counts, out = (x[live] for x in (q, page_table, indices, counts, out))
+    unseen = torch.arange(width, dtype=torch.int32) >= counts.unsqueeze(-1)
+    # What stands in for a missing token, with weight 0, is one that is attended: any other may be NaN.
+    tokens = torch.where(unseen, indices[..., :1], indices).clamp_min_(0)
+    pages = page_table.gather(1, (tokens // page_size).flatten(1).long()).view_as(tokens)
+    heads = torch.arange(num_kv, dtype=torch.int32).view(-1, 1)
+    keys = ((pages * num_kv + heads) * page_size + tokens % page_size).repeat_interleave(group, 1).flatten()
+    starts = torch.arange(0, keys.numel() + 1, width, dtype=torch.int32)
+    values = stored if shares_rows(k_pages, v_pages) else v_pages.view(-1, dim)
+    wanted = torch.sparse_csr_tensor(starts, keys, torch.zeros(keys.shape), (len(starts) - 1, len(stored)))
+    scores = torch.sparse.sampled_addmm(
+        wanted, q.reshape(-1, dim), stored.t(), beta=0, alpha=scale, out=wanted
+    ).values()
+    weights = scores.view(len(q), num_kv, group, width).masked_fill_(unseen.unsqueeze(2), -torch.inf).softmax(-1)
+    attended = torch.embedding_bag(values, keys, starts, False, 0, False, weights.view(-1), include_last_offset=True)[0]
+    attended = attended.view(q.shape)[..., : v_pages.shape[3]]
+    result = torch.where((counts > 0).repeat_interleave(group, 1).unsqueeze(-1), attended, out)
+    if target is out:
+        out.copy_(result)
+    else:
+        target[live] = result
 
 
 @lru_cache(maxsize=1)

@@ -7,12 +7,14 @@ imported on the first CUDA call, because it need not be installed where there is
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from slipstream.kernels import cpu_decode, reference
+from slipstream.kernels import cpu_decode, reference, reference_mla
 
 token_logprobs = reference.token_logprobs
 copy_pages = reference.copy_pages
+shares_rows = reference.shares_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,14 +64,49 @@ def qk_norm_rope_store(
     return reference.qk_norm_rope_store(*args)
 
 
-def decode_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+def mla_rope_store(
+    heads: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
 ) -> Tensor:
-    """q: [B, Hq, D] over the pages of B requests -> [B, Hq, D]."""
+    """heads: [T, Hq, Dn + R], latent: [T, Dv + R] -> q: [T, Hq, Dv + R], its rotary columns; rows into pages."""
+    args = (heads, latent, weight, eps, cos_sin, positions, slots, k_pages)
+    if heads.is_cuda:
+        from slipstream.kernels import triton_mla_rope
+
+        return triton_mla_rope.mla_rope_store(*args)
+    return reference_mla.mla_rope_store(*args)
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """q: [B, Hq, D] over the pages of B requests -> [B, Hq, Dv]; Dv < D where values are columns of the keys.
+
+    out: written where given; requests of length 0 keep what it holds (without it they get zeros).
+    """
+    if out is not None and not q.is_cuda:
+        found = decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
+        return out.copy_(torch.where(lengths.view(-1, 1, 1) > 0, found, out))
+    if q.is_cuda and shares_rows(k_pages, v_pages):
+        from slipstream.kernels import triton_mla
+
+        return triton_mla.decode_attention(q, k_pages, v_pages, page_table, lengths, scale, out)
     if q.is_cuda:
         from slipstream.kernels import triton_decode
 
-        return triton_decode.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
+        return triton_decode.decode_attention(q, k_pages, v_pages, page_table, lengths, scale, out)
     if cpu_decode.suits(k_pages):
         return cpu_decode.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
     return reference.decode_attention(q, k_pages, v_pages, page_table, lengths, scale)
@@ -85,8 +122,12 @@ def prefill_attention(
     scale: float,
     max_query: int,
 ) -> Tensor:
-    """q: [T, Hq, D], ragged and causal over the pages of B requests -> [T, Hq, D]."""
+    """q: [T, Hq, D], ragged and causal over the pages of B requests -> [T, Hq, Dv]."""
     args = (q, k_pages, v_pages, page_table, query_start, lengths, scale, max_query)
+    if q.is_cuda and shares_rows(k_pages, v_pages):
+        from slipstream.kernels import triton_mla_prefill
+
+        return triton_mla_prefill.prefill_attention(*args)
     if q.is_cuda:
         from slipstream.kernels import triton_prefill
 
@@ -102,9 +143,11 @@ def sample(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    until: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
     """logits: [B, V] and per-row parameters [B] -> tokens [B] int64, without host synchronisation on CUDA."""
-    args = (logits, temperature, top_k, top_p, min_p, seeds, positions)
+    args = (logits, temperature, top_k, top_p, min_p, seeds, positions, until, banned)
     if logits.is_cuda:
         from slipstream.kernels import triton_sample
 

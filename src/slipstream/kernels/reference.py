@@ -95,6 +95,11 @@ def qk_norm_rope_store(
     return turned[:, :num_q]
 
 
+def shares_rows(k: Tensor, v: Tensor) -> bool:
+    """Whether values are the first columns of the keys (a latent cache) and not a store of their own."""
+    return k.shape[-1] != v.shape[-1]
+
+
 def _gather_rows(page_table: Tensor, num_kv: int) -> Tensor:
     """page_table: [B, N] -> [B, Hk, N] int64 rows of ``pages.view(P * Hk, S * D)``: one copy gives [Hk, tokens, D]."""
     heads = torch.arange(num_kv, device=page_table.device)
@@ -114,12 +119,13 @@ def decode_attention(
 ) -> Tensor:
     """One query token per request over its pages. A request of length 0 (a padding row) gives zeros.
 
-    q: [B, Hq, D].  k_pages, v_pages: [P, Hk, S, D].  page_table: [B, N] int32.  lengths: [B] int32.  -> [B, Hq, D].
+    q: [B, Hq, D].  k_pages: [P, Hk, S, D].  v_pages: [P, Hk, S, Dv], Dv = D or, in a latent cache, a view of the first
+    Dv columns of ``k_pages``.  page_table: [B, N] int32.  lengths: [B] int32.  -> [B, Hq, Dv].
     Requests with equally many pages are computed together, over the width of those pages: a result depends, to the last
     bit, on its own request only, never on what else is in the batch.
     """
     page_size = k_pages.shape[2]
-    out = torch.zeros_like(q)
+    out = q.new_zeros((*q.shape[:2], v_pages.shape[3]))
     groups: dict[int, list[int]] = {}
     for b, length in enumerate(lengths.tolist()):
         if length:
@@ -139,10 +145,11 @@ def _decode_group(
     """:func:`decode_attention` of requests whose tokens fill all columns of the page table but the last."""
     num_requests, (num_kv, page_size, dim) = q.shape[0], k_pages.shape[1:]
     rows = _gather_rows(page_table, num_kv).reshape(-1)
-    k, v = (
-        pages.view(-1, page_size * dim).index_select(0, rows).view(num_requests, num_kv, -1, dim)
-        for pages in (k_pages, v_pages)
-    )
+    stores = (k_pages,) if shares_rows(k_pages, v_pages) else (k_pages, v_pages)
+    held = [
+        pages.view(-1, page_size * dim).index_select(0, rows).view(num_requests, num_kv, -1, dim) for pages in stores
+    ]
+    k, v = held[0], held[-1][..., : v_pages.shape[3]]
     seen = torch.arange(k.shape[2], device=q.device) < lengths.unsqueeze(1)
     # Slots behind the last token hold anything, NaN too, and 0 * NaN would reach the result.
     unseen = ~seen[:, None, -page_size:, None]
@@ -151,7 +158,7 @@ def _decode_group(
     # The heads of one group are the query rows of their KV head: no head is repeated in memory.
     group = q.reshape(num_requests, num_kv, -1, dim)
     attended = F.scaled_dot_product_attention(group, k, v, attn_mask=seen.view(num_requests, 1, 1, -1), scale=scale)
-    return attended.reshape(num_requests, -1, dim)
+    return attended.reshape(num_requests, -1, v.shape[3])
 
 
 def prefill_attention(
@@ -166,27 +173,29 @@ def prefill_attention(
 ) -> Tensor:
     """Ragged causal attention over the paged cache, which already holds this step's K and V.
 
-    q: [T, Hq, D].  page_table: [B, N] int32.  query_start: [B + 1] int32.  lengths: [B] int32 including this step.
+    q: [T, Hq, D].  v_pages: [P, Hk, S, Dv] as in :func:`decode_attention`.  page_table: [B, N] int32.
+    query_start: [B + 1] int32.  lengths: [B] int32 including this step.
     max_query: most query rows of one request (a host int that shapes the device grid).
     Row i of request b sits at position ``lengths[b] - num_queries[b] + i`` and sees positions up to its own.
-    Returns [T, Hq, D]; rows that belong to no request are zero here and undefined on the device.
+    Returns [T, Hq, Dv]; rows that belong to no request are zero here and undefined on the device.
     """
     num_kv = k_pages.shape[1]
     rows = _gather_rows(page_table, num_kv)
     starts = query_start.tolist()
-    out = torch.zeros_like(q)
+    out = q.new_zeros((*q.shape[:2], v_pages.shape[3]))
     for b, length in enumerate(lengths.tolist()):
         first, last = starts[b], starts[b + 1]
         if last == first or not length:
             continue
-        k, v = _gather(k_pages, rows[b], length), _gather(v_pages, rows[b], length)
+        k = _gather(k_pages, rows[b], length)
+        v = k[..., : out.shape[2]] if shares_rows(k_pages, v_pages) else _gather(v_pages, rows[b], length)
         query = q[first:last].transpose(0, 1)
         out[first:last] = _causal(query, k, v, scale).transpose(0, 1)
     return out
 
 
 def _causal(query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """query: [Hq, M, D] is the end of the sequence k, v: [Hk, length, D]. Returns [Hq, M, D]."""
+    """query: [Hq, M, D] is the end of the sequence k: [Hk, length, D], v: [Hk, length, Dv]. Returns [Hq, M, Dv]."""
     num_kv, length, dim = k.shape
     num_queries = query.shape[1]
     grouped = query.reshape(num_kv, -1, num_queries, dim)
@@ -198,7 +207,7 @@ def _causal(query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         position = torch.arange(length - num_queries, length, device=k.device)
         seen = torch.arange(length, device=k.device) <= position.unsqueeze(1)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen, scale=scale)
-    return out.reshape(-1, num_queries, dim)
+    return out.reshape(-1, num_queries, v.shape[-1])
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -269,6 +278,8 @@ def sample(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    until: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
     """One token per row by the Gumbel-max trick with counter-based noise: [B] int64.
 
@@ -277,8 +288,14 @@ def sample(
     of ``logits / temperature + gumbel`` over the tokens that top-k, then top-p (on the renormalised rest: the smallest
     set with mass >= p), then min-p (relative to the best token) keep; ties at a threshold are kept.
     NaN counts as -inf; a row without any number above -inf gives token 0.
+    until: [B] int64, banned: [B, E] int32, both or none: where ``positions < until`` the row's ``banned`` tokens count
+    as -inf (the logits themselves stay as they are); entries of -1 are none.
     """
     x = torch.nan_to_num(logits.float(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
+    if until is not None and banned is not None and bool((held := positions < until).any()):
+        off = (banned >= 0) & (banned < x.shape[1]) & held.unsqueeze(1)
+        extended = torch.nn.functional.pad(x, (0, 1))  # a column for entries that ban nothing
+        x = extended.scatter(1, torch.where(off, banned.long(), x.shape[1]), -torch.inf)[:, :-1]
     greedy = temperature <= 0
     if bool(greedy.all()):
         return x.argmax(-1)

@@ -20,6 +20,36 @@ MAX_CODE = 15
 _MAX_HALF = 65504.0
 
 
+GROUP_SHIFT = 16
+"""A channel in ``channels`` is its number in the low 16 bits and the group of labels that it is scaled with above."""
+
+
+def _groups(channels: Tensor, scales: Tensor) -> list[Tensor]:
+    """Which channels [Hk, r] are of each group: masks, as many as ``scales`` [..., 2 * groups] has pairs."""
+    return [(channels >> GROUP_SHIFT) == group for group in range(scales.shape[-1] // 2)]
+
+
+def quantise_groups(x: Tensor, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """:func:`quantise_labels` of each group of channels by itself. x: [..., Hk, r]; groups: masks [Hk, r].
+
+    -> (codes [..., Hk, r // 2], scales [..., Hk, 2 * groups]: step and zero point, group by group). A group without
+    channels has a step and a zero point of 0.
+    """
+    if len(groups) == 1:
+        return quantise_labels(x)
+    parts = []
+    for mask in groups:
+        # What belongs to another group stands in as one that does: it changes no minimum and no maximum.
+        own = x.gather(-1, mask.byte().argmax(-1, keepdim=True).expand(*x.shape[:-1], 1))
+        parts.append(quantise_labels(torch.where(mask, x, torch.where(mask.any(-1, keepdim=True), own, 0.0))))
+    half = x.shape[-1] // 2
+    codes = torch.zeros_like(parts[0][0])
+    for mask, (packed, _) in zip(groups, parts, strict=True):
+        first, second = mask[:, :half].to(torch.uint8), mask[:, half:].to(torch.uint8)
+        codes |= packed & (first * 15 + second * 240)
+    return codes, torch.cat([scales for _, scales in parts], dim=-1)
+
+
 def quantise_labels(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: [..., r] -> (codes [..., r // 2] uint8, scales [..., 2] fp16: step and zero point); ``x ~ n * step + zero``.
 
@@ -61,13 +91,16 @@ def extend_index(
     labels: Tensor | None,
     scales: Tensor | None,
     channels: Tensor | None,
+    key_table: Tensor | None = None,
 ) -> None:
     """Index the newest tokens of every request, whose keys are stored: their labels, and the blocks that they complete.
 
     k_pages: [P, Hk, S, D].  page_table: [B, N] int32.  query_start: [B + 1] int32.  lengths: [B] int32 with this step.
-    max_query: most tokens of one request (a host int that shapes the device grid).  channels: [Hk, r] int32.
-    Written in place: summaries [P, Hk, S // block, C, D], labels [P, Hk, S, r // 2] uint8, scales [P, Hk, S, 2] fp16.
+    max_query: most tokens of one request (a host int that shapes the device grid).  channels: [Hk, r] int32, each with
+    its group (:data:`GROUP_SHIFT`) where there is more than one.  Written in place: summaries
+    [P, Hk, S // block, C, D], labels [P, Hk, S, r // 2] uint8, scales [P, Hk, S, 2 * groups] fp16.
     A summary is made of all keys of its block when its last one is there, so it does not depend on how they came.
+    key_table: [B, N] int32, the pages of the keys where they are not those of the index.
     """
     # A padding row of length 0 has no tokens, whatever query_start says.
     counts = torch.minimum(query_start.diff(), lengths).long()
@@ -75,17 +108,23 @@ def extend_index(
     tokens = torch.arange(rows.shape[0], device=rows.device) + (lengths - counts.cumsum(0))[rows]
     page_size = k_pages.shape[2]
     pages, slots = page_table[rows, tokens // page_size].long(), tokens % page_size
+    key_pages = pages if key_table is None else key_table[rows, tokens // page_size].long()
     if labels is not None:
         assert scales is not None and channels is not None, "labels come with their scales and channels"
-        keys = k_pages[pages, :, slots]
-        chosen = keys.gather(-1, channels.long().expand(keys.shape[0], -1, -1))
-        labels[pages, :, slots], scales[pages, :, slots] = quantise_labels(chosen)
+        keys = k_pages[key_pages, :, slots]
+        chosen = keys.gather(-1, _numbers(channels).expand(keys.shape[0], -1, -1))
+        labels[pages, :, slots], scales[pages, :, slots] = quantise_groups(chosen, _groups(channels, scales))
     if summaries is not None:
         block = page_size // summaries.shape[2]
         last = ((slots + 1) % block == 0).nonzero().squeeze(1)
         if last.numel():
-            pages, blocks = pages[last], slots[last] // block
-            summaries[pages, :, blocks] = summarise(k_pages.unflatten(2, (-1, block))[pages, :, blocks], kind)
+            pages, key_pages, blocks = pages[last], key_pages[last], slots[last] // block
+            summaries[pages, :, blocks] = summarise(k_pages.unflatten(2, (-1, block))[key_pages, :, blocks], kind)
+
+
+def _numbers(channels: Tensor) -> Tensor:
+    """channels without their groups, int64."""
+    return channels.long() & ((1 << GROUP_SHIFT) - 1)
 
 
 def _by_width(lengths: Tensor, tokens: int) -> Iterator[tuple[Tensor | slice, int]]:
@@ -164,7 +203,8 @@ def label_logits(
 ) -> Tensor:
     """Approximate logits of candidate tokens from their labels: ``scale * sum_r q[channel_r] * (n_r * step + zero)``.
 
-    q: [B, Hq, D].  channels: [Hk, r] int32.  labels: [P, Hk, S, r // 2] uint8.  scales: [P, Hk, S, 2] fp16.
+    q: [B, Hq, D].  channels: [Hk, r] int32.  labels: [P, Hk, S, r // 2] uint8.  scales: [P, Hk, S, 2 * groups] fp16,
+    a step and a zero point for each group of channels (:data:`GROUP_SHIFT`).
     page_table: [B, N] int32.  lengths: [B] int32, 0 skips the row.  blocks: [B, Hk, M] int32, ascending, -1 padded.
     -> [B, Hq, C] fp32. With blocks of ``block_size`` tokens C = M * block_size and candidate j is token
     ``blocks[j // block_size] * block_size + j % block_size``; without, C = N * S and candidate j is token j.
@@ -174,7 +214,8 @@ def label_logits(
     width = page_table.shape[1] * page_size if blocks is None else blocks.shape[2] * block_size
     out = torch.empty((q.shape[0], q.shape[1], width), device=q.device)
     query = q.float().unflatten(1, (num_kv, -1))
-    query = query.gather(-1, channels.long().unsqueeze(1).expand(*query.shape[:3], -1))
+    query = query.gather(-1, _numbers(channels).unsqueeze(1).expand(*query.shape[:3], -1))
+    groups = _groups(channels, scales)
     # Chosen blocks are equally many for every request: all rows that hold tokens are one group.
     for rows, num_pages in _by_width(lengths, page_size * (page_table.shape[1] if blocks is not None else 1)):
         if blocks is None:
@@ -186,10 +227,13 @@ def label_logits(
                 x.view(-1, block_size, x.shape[-1]).index_select(0, at.view(-1)).view(*at.shape[:2], width, -1)
                 for x in (labels, scales)
             )
-        first, second = query[rows].chunk(2, dim=-1)
-        step, zero = steps.float().unsqueeze(2).unbind(-1)
-        dots = first @ (codes & MAX_CODE).float().mT + second @ (codes >> 4).float().mT
-        logits = scale * (dots * step + query[rows].sum(-1, keepdim=True) * zero)
+        low, high = (codes & MAX_CODE).float().mT, (codes >> 4).float().mT
+        logits = torch.zeros(())
+        for mask, pair in zip(groups, steps.float().unsqueeze(2).split(2, dim=-1), strict=True):
+            own = query[rows] if len(groups) == 1 else query[rows] * mask.unsqueeze(1)
+            (first, second), (step, zero) = own.chunk(2, dim=-1), pair.unbind(-1)
+            part = scale * ((first @ low + second @ high) * step + own.sum(-1, keepdim=True) * zero)
+            logits = part if len(groups) == 1 else logits + part
         out[rows, :, : logits.shape[-1]] = logits.flatten(1, 2)
     return out
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slipstream.kernels.reference import shares_rows
+
 FLOAT_MAX = torch.finfo(torch.float32).max
 FORCED = torch.iinfo(torch.int32).max  # image of what is always in: above that of +inf
 ABSENT = torch.iinfo(torch.int32).min  # image of what may not be chosen: below that of -inf
@@ -134,14 +136,19 @@ def sparse_attention(
     counts: Tensor,
     scale: float,
     out: Tensor,
+    rows: Tensor | None = None,
 ) -> None:
     """Softmax attention over selected tokens, into ``out``; what has count 0 keeps what ``out`` holds.
 
-    q, out: [B, Hq, D].  k_pages, v_pages: [P, Hk, S, D].  page_table: [B, N] int32.  indices: [B, Hk, K] int32, of
-    which the first ``counts`` [B, Hk] int32 are tokens.  Always over K places: a result depends, to the last bit, on
-    its own request (and K) only, never on what else is in the batch.
+    q: [B, Hq, D].  k_pages: [P, Hk, S, D].  v_pages: [P, Hk, S, Dv], out: [B, Hq, Dv] (see
+    :func:`slipstream.kernels.reference.decode_attention`).  page_table: [B, N] int32.  indices: [B, Hk, K] int32, of
+    which the first ``counts`` [B, Hk] int32 are tokens; where ``rows`` [B] int64 is given they have any number of rows,
+    and request b uses row ``rows[b]``.  Always over K places: a result depends, to the last bit, on its own request
+    (and K) only, never on what else is in the batch.
     """
     num_kv, page_size, dim = k_pages.shape[1:]
+    if rows is not None:
+        indices, counts = indices.index_select(0, rows), counts.index_select(0, rows)
     live = counts.any(-1).nonzero().squeeze(1)
     if not len(live):
         return
@@ -154,21 +161,22 @@ def sparse_attention(
     slots = ((pages * num_kv + heads) * page_size + tokens % page_size).flatten()
     unseen = ~seen.unsqueeze(-1)
     # What stands in for a missing token may be NaN, and 0 * NaN would reach the result.
-    k, v = (
-        pages.view(-1, dim).index_select(0, slots).view(*seen.shape, dim).masked_fill_(unseen, 0)
-        for pages in (k_pages, v_pages)
-    )
+    stores = (k_pages,) if shares_rows(k_pages, v_pages) else (k_pages, v_pages)
+    held = [
+        pages.view(-1, dim).index_select(0, slots).view(*seen.shape, dim).masked_fill_(unseen, 0) for pages in stores
+    ]
+    k, v = held[0], held[-1][..., : v_pages.shape[3]]
     # The heads of one group are the query rows of their KV head: no head is repeated in memory.
     group = q.reshape(len(q), num_kv, -1, dim)
     # One request at a time: the library sums in an order that may depend on how many there are.
-    rows = [
+    each = [
         F.scaled_dot_product_attention(
             group[b : b + 1], k[b : b + 1], v[b : b + 1], seen[b : b + 1, :, None], scale=scale
         )
         for b in range(len(q))
     ]
-    attended = torch.cat(rows)
-    kept = out.view(-1, num_kv, group.shape[2], dim)
+    attended = torch.cat(each)
+    kept = out.view(-1, num_kv, *attended.shape[2:])
     kept[live] = torch.where((counts > 0).view(*counts.shape, 1, 1), attended, kept[live])
 
 
@@ -177,8 +185,9 @@ def tova_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over whole seats, and the slot that matters least in each: TOVA's eviction (arXiv 2401.06104).
 
-    q: [B, Hq, D].  k, v: [M, Hk, C, D].  rows: [B] int64 seats.  filled: [B] int32 slots in use, the first ones.
-    Returns out [B, Hq, D], zeros where nothing is filled, and victims [B] int64: the filled slot with the lowest
+    q: [B, Hq, D].  k: [M, Hk, C, D].  v: [M, Hk, C, Dv], Dv = D or columns of k (see :func:`sparse_attention`).
+    rows: [B] int64 seats.  filled: [B] int32 slots in use, the first ones.
+    Returns out [B, Hq, Dv], zeros where nothing is filled, and victims [B] int64: the filled slot with the lowest
     softmax weight, averaged over all query heads in fp32, NaN lowest of all; the lowest slot on ties, 0 where nothing
     is filled.
     """
@@ -190,4 +199,4 @@ def tova_attention(
     weights = weights.masked_fill((filled == 0).view(-1, 1, 1, 1), 0)
     total = weights.sum((1, 2)).nan_to_num(nan=-1.0).masked_fill(~seen, torch.inf)
     out = torch.matmul(weights.to(v.dtype), v)
-    return out.reshape(q.shape), total.argmin(-1)
+    return out.reshape(*q.shape[:2], v.shape[3]), total.argmin(-1)

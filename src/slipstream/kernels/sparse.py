@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slipstream.kernels import reference_index, reference_select
+from slipstream.kernels import cpu_decode, reference, reference_index, reference_select
 
 NUM_STATS = reference_index.NUM_STATS
+GROUP_SHIFT = reference_index.GROUP_SHIFT
 
 
 def extend_index(
@@ -25,10 +26,11 @@ def extend_index(
     labels: Tensor | None,
     scales: Tensor | None,
     channels: Tensor | None,
+    key_table: Tensor | None = None,
 ) -> None:
     """Labels of every request's newest tokens and summaries of the blocks that they complete, written in place."""
-    args = (k_pages, page_table, query_start, lengths, max_query, summaries, kind, labels, scales, channels)
-    if k_pages.is_cuda:
+    args = (k_pages, page_table, query_start, lengths, max_query, summaries, kind, labels, scales, channels, key_table)
+    if lengths.is_cuda:  # the keys may be in pinned host memory
         from slipstream.kernels import triton_index
 
         triton_index.extend_index(*args)
@@ -189,18 +191,26 @@ def sparse_attention(
     counts: Tensor,
     scale: float,
     out: Tensor,
+    rows: Tensor | None = None,
 ) -> None:
-    """q: [B, Hq, D] over the first ``counts`` [B, Hk] tokens of ``indices`` [B, Hk, K], into ``out`` [B, Hq, D].
+    """q: [B, Hq, D] over the first ``counts`` [B, Hk] tokens of ``indices`` [B, Hk, K], into ``out`` [B, Hq, Dv].
 
-    Rows of count 0 keep what ``out`` holds.
+    rows: [B] int64, where given: which row of ``indices`` and ``counts`` each request uses, of any number of them.
+    Rows of count 0 keep what ``out`` holds. Dv < D where values are columns of the keys.
     """
     args = (q, k_pages, v_pages, page_table, indices, counts, scale, out)
-    if q.is_cuda:
+    if q.is_cuda and reference.shares_rows(k_pages, v_pages):
+        from slipstream.kernels import triton_mla
+
+        triton_mla.sparse_attention(*args, rows)
+    elif q.is_cuda:
         from slipstream.kernels import triton_sparse
 
-        triton_sparse.sparse_attention(*args)
+        triton_sparse.sparse_attention(*args, rows)
+    elif cpu_decode.suits(k_pages):
+        cpu_decode.sparse_attention(*args, rows)
     else:
-        reference_select.sparse_attention(*args)
+        reference_select.sparse_attention(*args, rows)
 
 
 def tova_attention(

@@ -78,14 +78,14 @@ def _attend_tiles(
 
 
 @triton.jit
-def _tiles(lengths_ptr, num_requests, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+def tiles_of(lengths_ptr, num_requests, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """Key tiles of every request, [BLOCK_B]."""
     ids = tl.arange(0, BLOCK_B)
     return tl.cdiv(tl.load(lengths_ptr + ids, mask=ids < num_requests, other=0), BLOCK_N)
 
 
 @triton.jit
-def _request_at(tiles, tile):
+def request_at(tiles, tile):
     """The request that owns a tile of the line, and where on the line its tiles begin."""
     before = tl.cumsum(tiles, axis=0) <= tile
     return tl.sum(before.to(tl.int32), axis=0), tl.sum(tl.where(before, tiles, 0), axis=0)
@@ -119,13 +119,13 @@ def _decode_kernel(
         gdc_wait()
         gdc_launch_dependents()
     program, head = tl.program_id(0), tl.program_id(1)
-    tiles = _tiles(lengths_ptr, num_requests, BLOCK_B, BLOCK_N)
+    tiles = tiles_of(lengths_ptr, num_requests, BLOCK_B, BLOCK_N)
     line = tl.sum(tiles, axis=0)
     # On a short line the programs beyond its tiles have nothing to do, and every other has at least one.
     busy = tl.maximum(tl.minimum(tl.num_programs(0), line), 1)
     begin = tl.minimum(line * program // busy, line)
     end = tl.minimum(line * (program + 1) // busy, line)
-    request, request_begin = _request_at(tiles, begin)
+    request, request_begin = request_at(tiles, begin)
     group = tl.arange(0, BLOCK_G)
     dims = tl.arange(0, BLOCK_D)
     mask = (group < GROUP)[:, None] & (dims < DIM)[None, :]
@@ -168,16 +168,17 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (B, Hq): the log-sum-exp merge of the pieces of one request and head; zeros for an empty request."""
+    """Grid (B, Hq): the log-sum-exp merge of the pieces of one request and head; zeros for an empty one, or nothing."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     request, query_head = tl.program_id(0), tl.program_id(1)
     head, member = query_head // GROUP, query_head % GROUP
     ids = tl.arange(0, BLOCK_B)
-    tiles = _tiles(lengths_ptr, num_requests, BLOCK_B, BLOCK_N)
+    tiles = tiles_of(lengths_ptr, num_requests, BLOCK_B, BLOCK_N)
     line = tl.sum(tiles, axis=0)
     begin = tl.sum(tl.where(ids < request, tiles, 0), axis=0)
     end = begin + tl.sum(tl.where(ids == request, tiles, 0), axis=0)
@@ -189,7 +190,8 @@ def _merge_kernel(
     in_dim = dims < DIM
     out_row = request.to(tl.int64) * tl.num_programs(1) + query_head
     if begin == end:
-        tl.store(out_ptr + out_row * DIM + dims, tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty), mask=in_dim)
+        if not KEEP:
+            tl.store(out_ptr + out_row * DIM + dims, tl.zeros((BLOCK_D,), out_ptr.dtype.element_ty), mask=in_dim)
     elif first < last:
         base = (head * (programs + num_requests) + request).to(tl.int64)
         peak = -float("inf")
@@ -218,14 +220,24 @@ def key_tile(block_dim: int, itemsize: int) -> int:
 
 
 def decode_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`slipstream.kernels.reference.decode_attention`. Reads nothing back to the host; contiguous tensors."""
+    """See :func:`slipstream.kernels.reference.decode_attention`. Reads nothing back to the host; contiguous tensors.
+
+    out: written where given; requests of length 0 keep what it holds.
+    """
     requests, num_q, dim = q.shape
     num_kv, page = k_pages.shape[1:3]
     group = num_q // num_kv
     assert q.is_contiguous() and k_pages.is_contiguous() and v_pages.is_contiguous() and q.dtype == k_pages.dtype
-    out = torch.empty_like(q)
+    keep, out = out is not None, torch.empty_like(q) if out is None else out
+    assert out.is_contiguous()
     if not requests:
         return out
     # Programs that share a processor hide each other's reductions; all of them run at once.
@@ -247,7 +259,7 @@ def decode_attention(
         **launch_options(q, num_warps=4, num_stages=STAGES),
     )  # fmt: skip
     _merge_kernel[(requests, num_q)](
-        lengths, out, piece, lse, programs, requests, BLOCK=MERGE_BLOCK, **shape,
+        lengths, out, piece, lse, programs, requests, BLOCK=MERGE_BLOCK, KEEP=keep, **shape,
         **launch_options(q, num_warps=4),
     )  # fmt: skip
     return out

@@ -12,26 +12,37 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.kernels.launch import block_size, launch_options
+from slipstream.kernels.reference_index import GROUP_SHIFT
 
 LABEL_TILE = 64
 """Tokens of a program where only labels are asked for."""
 DECODE_WARPS = 1
 PREFILL_WARPS = 4
+SUMMARY_DIMS = 128
+"""Dimensions of a block that are summarised at once."""
 MAX_HALF = tl.constexpr(65504.0)
+SHIFT = tl.constexpr(GROUP_SHIFT)
+NUMBER = tl.constexpr((1 << GROUP_SHIFT) - 1)
 
 
 @triton.jit
-def _quantise(first, second, in_half):
-    """first, second: [T, r / 2] fp32, halves of the channels -> (codes [T, r / 2] int32, step, zero [T] fp16)."""
+def _quantise(first, second, in_first, in_second):
+    """first, second: [T, r / 2] fp32, halves of the channels -> (codes [T, r / 2] int32, step, zero [T] fp16).
+
+    Of the channels that are ``in_first`` and ``in_second`` [1, r / 2]; the codes of others are 0.
+    """
     low = tl.minimum(
-        tl.min(tl.where(in_half, first, float("inf")), 1), tl.min(tl.where(in_half, second, float("inf")), 1)
+        tl.min(tl.where(in_first, first, float("inf")), 1), tl.min(tl.where(in_second, second, float("inf")), 1)
     )
     high = tl.maximum(
-        tl.max(tl.where(in_half, first, -float("inf")), 1), tl.max(tl.where(in_half, second, -float("inf")), 1)
+        tl.max(tl.where(in_first, first, -float("inf")), 1), tl.max(tl.where(in_second, second, -float("inf")), 1)
     )
+    is_empty = low > high
+    low, high = tl.where(is_empty, 0.0, low), tl.where(is_empty, 0.0, high)
     zero = tl.minimum(tl.maximum(low, -MAX_HALF), MAX_HALF).to(tl.float16)
     step = tl.minimum(tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)), MAX_HALF).to(tl.float16)
-    return _codes(first, step, zero) | (_codes(second, step, zero) << 4), step, zero
+    codes = tl.where(in_first, _codes(first, step, zero), 0) | tl.where(in_second, _codes(second, step, zero) << 4, 0)
+    return codes, step, zero
 
 
 @triton.jit
@@ -44,20 +55,28 @@ def _codes(x, step, zero):
 
 @triton.jit
 def _label(
-    k_ptr, labels_ptr, scales_ptr, channels_ptr, rows, live, head, DIM, HALF: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """Labels of the live ones of the keys ``rows`` [T] of ``pages.view(P * Hk * S, D)``."""
+    k_ptr, labels_ptr, scales_ptr, channels_ptr, key_rows, rows, live, head, DIM, HALF: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Labels ``rows`` [T] of the live ones of the keys ``key_rows`` [T], both of ``pages.view(P * Hk * S, ...)``."""
     half = tl.arange(0, BLOCK_H)
     in_half = half < HALF
     channels = channels_ptr + head * 2 * HALF + half
     mask = live[:, None] & in_half[None, :]
-    keys = k_ptr + rows[:, None] * DIM
-    first = tl.load(keys + tl.load(channels, mask=in_half, other=0)[None, :], mask=mask, other=0.0)
-    second = tl.load(keys + tl.load(channels + HALF, mask=in_half, other=0)[None, :], mask=mask, other=0.0)
-    codes, step, zero = _quantise(first.to(tl.float32), second.to(tl.float32), in_half[None, :])
+    keys = k_ptr + key_rows[:, None] * DIM
+    first_channels = tl.load(channels, mask=in_half, other=0)[None, :]
+    second_channels = tl.load(channels + HALF, mask=in_half, other=0)[None, :]
+    first = tl.load(keys + (first_channels & NUMBER), mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(keys + (second_channels & NUMBER), mask=mask, other=0.0).to(tl.float32)
+    codes = tl.zeros(first.shape, tl.int32)
+    for group in tl.static_range(GROUPS):
+        in_first = in_half[None, :] & (first_channels >> SHIFT == group)
+        in_second = in_half[None, :] & (second_channels >> SHIFT == group)
+        own, step, zero = _quantise(first, second, in_first, in_second)
+        codes |= own
+        tl.store(scales_ptr + rows * 2 * GROUPS + 2 * group, step, mask=live)
+        tl.store(scales_ptr + rows * 2 * GROUPS + 2 * group + 1, zero, mask=live)
     tl.store(labels_ptr + rows[:, None] * HALF + half[None, :], codes.to(tl.uint8), mask=mask)
-    tl.store(scales_ptr + rows * 2, step, mask=live)
-    tl.store(scales_ptr + rows * 2 + 1, zero, mask=live)
 
 
 @triton.jit
@@ -66,26 +85,30 @@ def _summarise(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The summary at ``out_ptr`` [C, D] of the BLOCK keys from ``row`` on."""
-    dims, tokens = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
-    in_dim, in_block = dims < DIM, (tokens < BLOCK)[:, None]
-    offsets = (row + tokens)[:, None] * DIM + dims[None, :]
-    x = tl.load(k_ptr + offsets, mask=in_block & in_dim[None, :], other=0.0).to(tl.float32)
-    if KIND == "minmax":
-        first = tl.max(tl.where(in_block, x, -float("inf")), axis=0)
-        second = tl.min(tl.where(in_block, x, float("inf")), axis=0)
-    else:
-        first = tl.sum(x, axis=0) / BLOCK
-        centred = tl.where(in_block, x - first[None, :], 0.0)
-        second = tl.sqrt_rn(tl.sum(centred * centred, axis=0) / BLOCK)
-    tl.store(out_ptr + dims, first.to(out_ptr.dtype.element_ty), mask=in_dim)
-    if KIND != "mean":
-        tl.store(out_ptr + DIM + dims, second.to(out_ptr.dtype.element_ty), mask=in_dim)
+    tokens = tl.arange(0, BLOCK_T)
+    in_block = (tokens < BLOCK)[:, None]
+    for start in range(0, DIM, BLOCK_D):
+        dims = start + tl.arange(0, BLOCK_D)
+        in_dim = dims < DIM
+        offsets = (row + tokens)[:, None] * DIM + dims[None, :]
+        x = tl.load(k_ptr + offsets, mask=in_block & in_dim[None, :], other=0.0).to(tl.float32)
+        if KIND == "minmax":
+            first = tl.max(tl.where(in_block, x, -float("inf")), axis=0)
+            second = tl.min(tl.where(in_block, x, float("inf")), axis=0)
+        else:
+            first = tl.sum(x, axis=0) / BLOCK
+            centred = tl.where(in_block, x - first[None, :], 0.0)
+            second = tl.sqrt_rn(tl.sum(centred * centred, axis=0) / BLOCK)
+        tl.store(out_ptr + dims, first.to(out_ptr.dtype.element_ty), mask=in_dim)
+        if KIND != "mean":
+            tl.store(out_ptr + DIM + dims, second.to(out_ptr.dtype.element_ty), mask=in_dim)
 
 
 @triton.jit
 def _extend_kernel(
     k_ptr,
     table_ptr,
+    key_table_ptr,
     query_start_ptr,
     lengths_ptr,
     summaries_ptr,
@@ -93,6 +116,7 @@ def _extend_kernel(
     scales_ptr,
     channels_ptr,
     table_stride,
+    key_table_stride,
     NUM_KV: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -100,6 +124,7 @@ def _extend_kernel(
     KIND: tl.constexpr,
     NUM_STATS: tl.constexpr,
     HALF: tl.constexpr,
+    GROUPS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -118,17 +143,25 @@ def _extend_kernel(
     if (begin < length) & (oldest < length):
         page = tl.load(table_ptr + request.to(tl.int64) * table_stride + begin // PAGE).to(tl.int64)
         row = (page * NUM_KV + head) * PAGE + begin % PAGE
+        key_row = row
+        if key_table_ptr is not None:
+            key_page = tl.load(key_table_ptr + request.to(tl.int64) * key_table_stride + begin // PAGE).to(tl.int64)
+            key_row = (key_page * NUM_KV + head) * PAGE + begin % PAGE
         if HALF:
             if ONE:
                 tokens = length - 1 + tl.arange(0, 1)
             else:
                 tokens = begin + tl.arange(0, BLOCK_T)
             live = (tokens >= oldest) & (tokens < tl.minimum(length, begin + BLOCK))
-            _label(k_ptr, labels_ptr, scales_ptr, channels_ptr, row + tokens - begin, live, head, DIM, HALF, BLOCK_H)
+            places = tokens - begin
+            _label(
+                k_ptr, labels_ptr, scales_ptr, channels_ptr, key_row + places, row + places, live, head, DIM, HALF,
+                GROUPS, BLOCK_H,
+            )  # fmt: skip
         if NUM_STATS:
             if begin + BLOCK <= length:
                 _summarise(
-                    k_ptr, summaries_ptr + row // BLOCK * (NUM_STATS * DIM), row, KIND, DIM, BLOCK, BLOCK_T, BLOCK_D
+                    k_ptr, summaries_ptr + row // BLOCK * (NUM_STATS * DIM), key_row, KIND, DIM, BLOCK, BLOCK_T, BLOCK_D
                 )
 
 
@@ -143,6 +176,7 @@ def extend_index(
     labels: Tensor | None,
     scales: Tensor | None,
     channels: Tensor | None,
+    key_table: Tensor | None = None,
 ) -> None:
     """See :func:`slipstream.kernels.reference_index.extend_index`. Contiguous tensors."""
     num_kv, page, dim = k_pages.shape[1:]
@@ -159,9 +193,11 @@ def extend_index(
     # Tokens of one request that are not aligned to a block reach one block further.
     grid = (triton.cdiv(max_query - 1, block) + 1, num_kv, requests)
     _extend_kernel[grid](
-        k_pages, page_table, query_start, lengths, summaries, labels, scales, channels, page_table.stride(0),
+        k_pages, page_table, key_table, query_start, lengths, summaries, labels, scales, channels,
+        page_table.stride(0), 0 if key_table is None else key_table.stride(0),
         NUM_KV=num_kv, PAGE=page, DIM=dim, BLOCK=block, KIND=kind,
         NUM_STATS=0 if summaries is None else summaries.shape[3], HALF=half, ONE=max_query == 1,
-        BLOCK_T=block_size(block), BLOCK_D=block_size(dim), BLOCK_H=block_size(half),
-        **launch_options(k_pages, num_warps=DECODE_WARPS if max_query == 1 else PREFILL_WARPS),
+        GROUPS=1 if scales is None else scales.shape[3] // 2,
+        BLOCK_T=block_size(block), BLOCK_D=min(SUMMARY_DIMS, block_size(dim)), BLOCK_H=block_size(half),
+        **launch_options(lengths, num_warps=DECODE_WARPS if max_query == 1 else PREFILL_WARPS),
     )  # fmt: skip

@@ -14,11 +14,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.kernels.launch import block_size as power_of_two
 from slipstream.kernels.launch import launch_options
+from slipstream.kernels.triton_index import NUMBER, SHIFT
 from slipstream.kernels.triton_score import cut, group_rows, tile_of
 from slipstream.kernels.triton_weights import FLOAT_MAX, LOG2_E, finite
 
 LABEL_TILE = 256  # tokens
-LABEL_TOKENS_PER_WARP = 64  # two 16-byte labels a thread; with fewer the way to the tensor cores is byte by byte
+# Two 16-byte pieces of labels a thread; with fewer the way to the tensor cores is byte by byte. Wide labels: half.
+LABEL_TOKENS_PER_WARP = 64
 LABEL_STAGES = 4
 KEY_TILE_BYTES = 16384
 KEY_WARPS = 4
@@ -53,6 +55,18 @@ def _codes(packed, dtype: tl.constexpr, OFFSET: tl.constexpr):
         )
     else:
         return (packed & 15).to(dtype), (packed >> 4).to(dtype)
+
+
+@triton.jit
+def _dequantised(first, second, first_q, second_q, total, scales_ptr, live, scale, OFFSET: tl.constexpr):
+    """Logits [BLOCK_N, BLOCK_G] of codes and one group's queries. total: scaled sums of those queries [BLOCK_G]."""
+    both = tl.load(scales_ptr, mask=live, other=0)
+    step = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    dots = tl.dot(first, first_q, input_precision="ieee")
+    dots = tl.dot(second, second_q, dots, input_precision="ieee")
+    zero -= OFFSET * step
+    return dots * (step * scale)[:, None] + total[None, :] * zero[:, None]
 
 
 @triton.jit
@@ -100,6 +114,7 @@ def _label_kernel(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHOSEN: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -137,8 +152,17 @@ def _label_kernel(
     if begin < end:
         heads = group_rows(request, head, GROUP, NUM_KV, BLOCK_G)
         mask = in_group[None, :] & in_half[:, None]
-        first_q = tl.load(q_ptr + heads[None, :] * DIM + first_channels[:, None], mask=mask, other=0.0)
-        second_q = tl.load(q_ptr + heads[None, :] * DIM + second_channels[:, None], mask=mask, other=0.0)
+        q = q_ptr + heads[None, :] * DIM
+        first_q = tl.load(q + (first_channels & NUMBER)[:, None], mask=mask, other=0.0)
+        second_q = tl.load(q + (second_channels & NUMBER)[:, None], mask=mask, other=0.0)
+        if GROUPS == 2:  # of scales; the upper bits of a channel say whether it is of the second one
+            in_second = (first_channels >> SHIFT)[:, None] != 0
+            first_rest = tl.where(in_second, first_q, 0.0)
+            first_q = tl.where(in_second, 0.0, first_q)
+            in_second = (second_channels >> SHIFT)[:, None] != 0
+            second_rest = tl.where(in_second, second_q, 0.0)
+            second_q = tl.where(in_second, 0.0, second_q)
+            rest_total = tl.sum(first_rest.to(tl.float32) + second_rest.to(tl.float32), axis=0) * scale
         total = tl.sum(first_q.to(tl.float32) + second_q.to(tl.float32), axis=0) * scale
         table = table_ptr + request.to(tl.int64) * table_stride
         for tile in range(begin, end):
@@ -156,14 +180,15 @@ def _label_kernel(
             packed = tl.load(
                 labels_ptr + rows[:, None] * HALF + half[None, :], mask=live[:, None] & in_half[None, :], other=0
             )
-            both = tl.load(scales_ptr + rows, mask=live, other=0)
-            step = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             first, second = _codes(packed, first_q.dtype, OFFSET)
-            dots = tl.dot(first, first_q, input_precision="ieee")
-            dots = tl.dot(second, second_q, dots, input_precision="ieee")
-            zero -= OFFSET * step
-            logits = dots * (step * scale)[:, None] + total[None, :] * zero[:, None]
+            logits = _dequantised(
+                first, second, first_q, second_q, total, scales_ptr + rows * GROUPS, live, scale, OFFSET
+            )
+            if GROUPS == 2:
+                logits += _dequantised(
+                    first, second, first_rest, second_rest, rest_total, scales_ptr + rows * GROUPS + 1, live, scale,
+                    OFFSET,
+                )  # fmt: skip
             if PEAK:
                 row = (request.to(tl.int64) * NUM_KV + head) * num_candidates
                 tl.store(out_ptr + row + candidates, _group_peak(logits, in_group), mask=live)
@@ -271,12 +296,14 @@ def label_logits_and_partials(
     _label_kernel[(programs, num_kv, requests)](
         q, channels, labels, scales.view(torch.int32), page_table, lengths, blocks, out, partials, scale,
         page_table.stride(0), candidates, per_program,
-        NUM_KV=num_kv, GROUP=num_q // num_kv, PAGE=page, DIM=dim, HALF=half, BLOCK_SIZE=block_size,
+        NUM_KV=num_kv, GROUP=num_q // num_kv, PAGE=page, DIM=dim, HALF=half, GROUPS=scales.shape[3] // 2,
+        BLOCK_SIZE=block_size,
         CHOSEN=blocks is not None, OFFSET=128 if q.is_cuda and q.dtype == torch.bfloat16 else 0,
         BLOCK_G=power_of_two(num_q // num_kv, smallest=8), BLOCK_S=partials.shape[4],
         BLOCK_H=power_of_two(half, smallest=16), BLOCK_N=tile, PEAK=peak,
         **launch_options(
-            q, num_warps=max(1, tile // LABEL_TOKENS_PER_WARP), num_stages=LABEL_STAGES if per_program > 1 else 1
+            q, num_warps=max(1, tile // (LABEL_TOKENS_PER_WARP // (1 if half <= 32 else 2))),
+            num_stages=LABEL_STAGES if per_program > 1 else 1,
         ),
     )  # fmt: skip
     return out, partials

@@ -29,11 +29,25 @@ MAX_INVERSE = tl.constexpr(MAX_INVERSE_TEMPERATURE)
 
 
 @triton.jit
-def _load_logits(row_ptr, tokens, vocab):
-    """fp32 logits of a block; NaN and what lies beyond the vocabulary become -inf, +inf the largest float."""
+def _load_logits(row_ptr, tokens, vocab, ban_ptr, bans):
+    """fp32 logits of a block; NaN and what lies beyond the vocabulary become -inf, +inf the largest float.
+
+    The first ``bans`` tokens at ban_ptr become -inf, too: none in nearly every row, so the loop costs a comparison.
+    """
     x = tl.load(row_ptr + tokens, mask=tokens < vocab, other=-float("inf")).to(tl.float32)
     x = tl.where(x == x, x, -float("inf"))
+    for place in range(bans):
+        x = tl.where(tokens == tl.load(ban_ptr + place), -float("inf"), x)
     return tl.where(x > FLOAT_MAX, FLOAT_MAX, x)
+
+
+@triton.jit
+def _bans(until_ptr, row, position, NUM_BANNED: tl.constexpr):
+    """How many entries of the row's list are to be banned: all of it before ``until``, then none."""
+    bans = 0
+    if NUM_BANNED > 0:
+        bans = tl.where(position < tl.load(until_ptr + row), NUM_BANNED, 0)
+    return bans
 
 
 @triton.jit
@@ -74,6 +88,8 @@ def _scan_kernel(
     top_p_ptr,
     seeds_ptr,
     positions_ptr,
+    until_ptr,
+    banned_ptr,
     part_score_ptr,
     part_token_ptr,
     part_peak_ptr,
@@ -84,6 +100,7 @@ def _scan_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
+    NUM_BANNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (B, parts). Per part: best noisy score and its token, largest logit, softmax mass, maxima of groups."""
@@ -95,13 +112,14 @@ def _scan_kernel(
     temperature = tl.load(temperature_ptr + row)
     inverse = _inverse_temperature(temperature)
     seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+    ban_ptr, bans = banned_ptr + row * NUM_BANNED, _bans(until_ptr, row, position, NUM_BANNED)
     first = part * (BLOCK * TILES) + tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     best_token = first
     peak = best
     for tile in range(TILES):
         tokens = first + tile * BLOCK
-        x = _load_logits(row_ptr, tokens, vocab)
+        x = _load_logits(row_ptr, tokens, vocab, ban_ptr, bans)
         peak = tl.maximum(peak, x)
         score = x
         if temperature > 0:
@@ -118,29 +136,29 @@ def _scan_kernel(
         part_peak = tl.max(peak, axis=0)
         mass = tl.zeros((BLOCK,), tl.float32)
         for tile in range(TILES):
-            x = _load_logits(row_ptr, first + tile * BLOCK, vocab)
+            x = _load_logits(row_ptr, first + tile * BLOCK, vocab, ban_ptr, bans)
             mass += tl.where(x > -float("inf"), tl.exp((x - part_peak) * inverse), 0.0)
         tl.store(part_mass_ptr + out, tl.sum(mass, axis=0))
     tl.store(part_peak_ptr + out, tl.max(peak, axis=0))
 
 
 @triton.jit
-def _count_at_least(row_ptr, vocab, bound, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
+def _count_at_least(row_ptr, vocab, ban_ptr, bans, bound, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
     """How many logits of the row have an image >= bound."""
     count = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, vocab, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        x = _load_logits(row_ptr, tokens, vocab)
+        x = _load_logits(row_ptr, tokens, vocab, ban_ptr, bans)
         count += ((_ordered(x, SHIFT) >= bound) & (tokens < vocab)).to(tl.int32)
     return tl.sum(count, axis=0)
 
 
 @triton.jit
-def _mass_above(row_ptr, vocab, bound, peak, inverse, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
+def _mass_above(row_ptr, vocab, ban_ptr, bans, bound, peak, inverse, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
     """Softmax mass, relative to the best token, of the logits whose image is > bound."""
     mass = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
-        x = _load_logits(row_ptr, start + tl.arange(0, BLOCK), vocab)
+        x = _load_logits(row_ptr, start + tl.arange(0, BLOCK), vocab, ban_ptr, bans)
         above = (_ordered(x, SHIFT) > bound) & (x > -float("inf"))
         mass += tl.where(above, tl.exp((x - peak) * inverse), 0.0)
     return tl.sum(mass, axis=0)
@@ -148,14 +166,15 @@ def _mass_above(row_ptr, vocab, bound, peak, inverse, BLOCK: tl.constexpr, SHIFT
 
 @triton.jit
 def _best_above(
-    row_ptr, vocab, bound, peak, inverse, log_min_p, seed, position, BLOCK: tl.constexpr, SHIFT: tl.constexpr
-):
+    row_ptr, vocab, ban_ptr, bans, bound, peak, inverse, log_min_p, seed, position,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
     """Token with the best noisy score among those whose image is > bound and that min-p keeps."""
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     best_token = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
     for start in range(0, vocab, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        x = _load_logits(row_ptr, tokens, vocab)
+        x = _load_logits(row_ptr, tokens, vocab, ban_ptr, bans)
         kept = (_ordered(x, SHIFT) > bound) & ((x - peak) * inverse >= log_min_p)
         # Few blocks hold a kept token, and the noise costs more than all the rest.
         if tl.max(kept.to(tl.int32), axis=0) > 0:
@@ -167,8 +186,9 @@ def _best_above(
 
 @triton.jit
 def _kth_image(
-    row_ptr, vocab, k, peak, group_ptr, num_groups, BLOCK_GROUPS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr
-):
+    row_ptr, vocab, ban_ptr, bans, k, peak, group_ptr, num_groups,
+    BLOCK_GROUPS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
     """Image of the k-th largest logit, ties counted. 1 <= k <= vocab."""
     ids = tl.arange(0, BLOCK_GROUPS)
     maxima = tl.load(group_ptr + ids, mask=ids < num_groups, other=-float("inf"))
@@ -185,7 +205,7 @@ def _kth_image(
             group_high = tl.where(enough, group_high, middle - 1)
     while low < high:
         middle = high - (high - low) // 2
-        enough = _count_at_least(row_ptr, vocab, middle, BLOCK, SHIFT) >= k
+        enough = _count_at_least(row_ptr, vocab, ban_ptr, bans, middle, BLOCK, SHIFT) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     return low
@@ -195,6 +215,8 @@ def _kth_image(
 def _walk(
     row_ptr,
     vocab,
+    ban_ptr,
+    bans,
     token,
     bound,
     mass,
@@ -211,17 +233,23 @@ def _walk(
 
     bound: images at or below it are out by top-k. mass: of what top-k leaves, in units of the best token's.
     """
-    x = _load_logits(row_ptr, token, vocab)
+    x = _load_logits(row_ptr, token, vocab, ban_ptr, bans)
     if (_ordered(x, SHIFT) <= bound) | ((x - peak) * inverse < log_min_p):
-        token = _best_above(row_ptr, vocab, bound, peak, inverse, log_min_p, seed, position, BLOCK, SHIFT)
-        x = _load_logits(row_ptr, token, vocab)
+        token = _best_above(
+            row_ptr, vocab, ban_ptr, bans, bound, peak, inverse, log_min_p, seed, position, BLOCK, SHIFT
+        )
+        x = _load_logits(row_ptr, token, vocab, ban_ptr, bans)
     if top_p < 1:
         image = _ordered(x, SHIFT).to(tl.int64)
         # The best token has no mass above it, so the walk ends there at the latest; the first condition is for
         # scores that overflow to -inf, where no token is found.
-        while (token < vocab) & (_mass_above(row_ptr, vocab, image, peak, inverse, BLOCK, SHIFT) >= top_p * mass):
-            token = _best_above(row_ptr, vocab, image, peak, inverse, log_min_p, seed, position, BLOCK, SHIFT)
-            x = _load_logits(row_ptr, token, vocab)
+        while (token < vocab) & (
+            _mass_above(row_ptr, vocab, ban_ptr, bans, image, peak, inverse, BLOCK, SHIFT) >= top_p * mass
+        ):
+            token = _best_above(
+                row_ptr, vocab, ban_ptr, bans, image, peak, inverse, log_min_p, seed, position, BLOCK, SHIFT
+            )
+            x = _load_logits(row_ptr, token, vocab, ban_ptr, bans)
             image = _ordered(x, SHIFT).to(tl.int64)
     return token
 
@@ -235,6 +263,8 @@ def _choose_kernel(
     min_p_ptr,
     seeds_ptr,
     positions_ptr,
+    until_ptr,
+    banned_ptr,
     part_score_ptr,
     part_token_ptr,
     part_peak_ptr,
@@ -249,6 +279,7 @@ def _choose_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
+    NUM_BANNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (B,): merge the parts of a row, then walk down the noisy scores to the first token that is kept."""
@@ -273,18 +304,25 @@ def _choose_kernel(
     elif (temperature > 0) & filtered:
         inverse = _inverse_temperature(temperature)
         seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+        ban_ptr, bans = banned_ptr + row * NUM_BANNED, _bans(until_ptr, row, position, NUM_BANNED)
         log_min_p = tl.log(min_p)
         bound = _ordered(peak * 0 - float("inf"), SHIFT).to(tl.int64)
         mass = 0.0
         if (top_k > 0) & (top_k < vocab):
             groups = group_ptr + row * parts * NUM_GROUPS
-            bound = _kth_image(row_ptr, vocab, top_k, peak, groups, parts * NUM_GROUPS, BLOCK_GROUPS, BLOCK, SHIFT) - 1
+            bound = _kth_image(
+                row_ptr, vocab, ban_ptr, bans, top_k, peak, groups, parts * NUM_GROUPS, BLOCK_GROUPS, BLOCK, SHIFT
+            )
+            bound -= 1
             if top_p < 1:
-                mass = _mass_above(row_ptr, vocab, bound, peak, inverse, BLOCK, SHIFT)
+                mass = _mass_above(row_ptr, vocab, ban_ptr, bans, bound, peak, inverse, BLOCK, SHIFT)
         elif top_p < 1:
             part_mass = tl.load(part_mass_ptr + at, mask=live, other=0.0)
             mass = tl.sum(tl.where(part_mass > 0, part_mass * tl.exp((peaks - peak) * inverse), 0.0), axis=0)
-        token = _walk(row_ptr, vocab, token, bound, mass, peak, inverse, log_min_p, top_p, seed, position, BLOCK, SHIFT)
+        token = _walk(
+            row_ptr, vocab, ban_ptr, bans, token, bound, mass, peak, inverse, log_min_p, top_p, seed, position,
+            BLOCK, SHIFT,
+        )  # fmt: skip
     tl.store(tokens_ptr + row, tl.where(token < vocab, token, 0).to(tl.int64))
 
 
@@ -296,6 +334,8 @@ def sample(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    until: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
     """See :func:`slipstream.kernels.reference.sample`. Rows of logits must be contiguous; nothing is read back."""
     rows, vocab = logits.shape
@@ -307,15 +347,21 @@ def sample(
     score, peak, mass = torch.empty((3, rows, parts), dtype=torch.float32, device=logits.device)
     token = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
     group = torch.empty((rows, parts, GROUPS), dtype=torch.float32, device=logits.device)
+    if until is None or banned is None:
+        bans, num_banned = (positions, positions), 0  # pointers that nobody follows
+    else:
+        bans, num_banned = (until, banned), banned.shape[1]
+        assert until.is_contiguous() and banned.is_contiguous() and banned.shape[0] == rows == until.shape[0]
     partials = (score, token, peak, mass, group)
     _scan_kernel[(rows, parts)](
-        logits, temperature, top_k, top_p, seeds, positions, *partials, logits.stride(0), vocab,
-        BLOCK=SCAN_BLOCK, TILES=SCAN_TILES, NUM_GROUPS=GROUPS, **launch_options(logits, num_warps=4),
+        logits, temperature, top_k, top_p, seeds, positions, *bans, *partials, logits.stride(0), vocab,
+        BLOCK=SCAN_BLOCK, TILES=SCAN_TILES, NUM_GROUPS=GROUPS, NUM_BANNED=num_banned,
+        **launch_options(logits, num_warps=4),
     )  # fmt: skip
     shift = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[logits.dtype]
     _choose_kernel[(rows,)](
-        logits, temperature, top_k, top_p, min_p, seeds, positions, *partials, tokens, logits.stride(0), vocab, parts,
-        BLOCK_PARTS=block_size(parts), NUM_GROUPS=GROUPS, BLOCK_GROUPS=block_size(parts * GROUPS), BLOCK=CHOOSE_BLOCK,
-        SHIFT=shift, **launch_options(logits, num_warps=16),
+        logits, temperature, top_k, top_p, min_p, seeds, positions, *bans, *partials, tokens, logits.stride(0), vocab,
+        parts, BLOCK_PARTS=block_size(parts), NUM_GROUPS=GROUPS, BLOCK_GROUPS=block_size(parts * GROUPS),
+        BLOCK=CHOOSE_BLOCK, SHIFT=shift, NUM_BANNED=num_banned, **launch_options(logits, num_warps=16),
     )  # fmt: skip
     return tokens

@@ -20,6 +20,8 @@ from slipstream.kernels.launch import launch_options, num_processors
 SCORE_TILE_BYTES = 32768  # summaries in flight per program
 SCORE_WARPS = 4
 SCORE_STAGES = 3
+WIDEST_ROW = 512  # elements of a row that a program holds at once, with the queries beside it
+WIDE_TILE, WIDE_COLUMNS = 64, 64  # of a row that is wider (latent caches): blocks and columns at a time
 MIN_PROGRAMS = 2  # per processor: with fewer, tiles shrink
 MAX_PROGRAMS = 64  # per processor: with more, a program takes several tiles
 
@@ -99,6 +101,72 @@ def _score_kernel(
             tl.store(out + merged, scores, mask=(merged + 1) * MERGE <= num_whole)
 
 
+@triton.jit
+def _wide_score_kernel(
+    q_ptr,
+    summaries_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    scale,
+    deviation,
+    table_stride,
+    num_scores,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    KIND: tl.constexpr,
+    NUM_STATS: tl.constexpr,
+    MERGE: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles of the table's blocks, Hk, B): as the kernel above, but rows are read BLOCK_E columns at a time."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    tile, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_whole = tl.load(lengths_ptr + request) // BLOCK_SIZE
+    if tile * BLOCK_N < num_whole:
+        blocks = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = (blocks < num_whole)[:, None]
+        pages = tl.load(table_ptr + request.to(tl.int64) * table_stride + blocks // PER_PAGE, mask=blocks < num_whole)
+        rows = ((pages.to(tl.int64) * NUM_KV + head) * PER_PAGE + blocks % PER_PAGE)[:, None] * (NUM_STATS * DIM)
+        in_group = (tl.arange(0, BLOCK_G) < GROUP)[None, :]
+        heads = group_rows(request, head, GROUP, NUM_KV, BLOCK_G)
+        scores = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+        for first in range(0, NUM_STATS * DIM, BLOCK_E):
+            wide = first + tl.arange(0, BLOCK_E)
+            in_row = wide < NUM_STATS * DIM
+            summaries = tl.load(summaries_ptr + rows + wide[None, :], mask=live & in_row[None, :], other=0.0)
+            at = heads[None, :] * DIM + (wide % DIM)[:, None]
+            q = tl.load(q_ptr + at, mask=in_group & in_row[:, None], other=0.0)
+            if KIND != "mean":
+                x = q.to(tl.float32)
+                is_first = (wide < DIM)[:, None]
+                if KIND == "minmax":
+                    x = tl.where(is_first, tl.maximum(x, 0.0), tl.minimum(x, 0.0))
+                else:
+                    x = tl.where(is_first, x, tl.abs(x) * deviation)
+                q = x.to(q.dtype)
+            scores = tl.dot(summaries, q, scores, input_precision="ieee")
+        scores *= scale
+        if MERGE > 1:
+            scores = tl.max(tl.reshape(scores, (BLOCK_N // MERGE, MERGE, BLOCK_G)), axis=1)
+        if SUM:
+            best = tl.sum(tl.where(in_group, scores, 0.0), axis=1)
+        else:
+            best = tl.max(tl.where(in_group, scores, -float("inf")), axis=1)
+        merged = tile * (BLOCK_N // MERGE) + tl.arange(0, BLOCK_N // MERGE)
+        out = out_ptr + (request.to(tl.int64) * NUM_KV + head) * num_scores + merged
+        tl.store(out, best, mask=(merged + 1) * MERGE <= num_whole)
+
+
 def cut(width: int, rows: int, largest: int, device: torch.device) -> tuple[int, int, int]:
     """How ``rows`` rows of ``width`` columns are cut: (columns per tile, tiles per program, programs per row)."""
     processors, tile = num_processors(device), largest
@@ -136,13 +204,24 @@ def score_blocks(
     if not out.numel():
         return out
     block_e = power_of_two(num_stats * dim, smallest=16)
+    shape = {
+        "NUM_KV": num_kv, "GROUP": num_q // num_kv, "PER_PAGE": per_page, "BLOCK_SIZE": block_size, "DIM": dim,
+        "KIND": kind, "NUM_STATS": num_stats, "MERGE": merge, "SUM": aggregate == "sum",
+        "BLOCK_G": power_of_two(num_q // num_kv, smallest=8),
+    }  # fmt: skip
+    if block_e > WIDEST_ROW:
+        tile, _, _ = cut(width, requests * num_kv, WIDE_TILE, q.device)
+        _wide_score_kernel[(triton.cdiv(width, tile), num_kv, requests)](
+            q, summaries, page_table, lengths, out, scale, deviation, page_table.stride(0), out.shape[2],
+            BLOCK_E=WIDE_COLUMNS, BLOCK_N=tile, **shape,
+            **launch_options(q, num_warps=SCORE_WARPS, num_stages=SCORE_STAGES),
+        )  # fmt: skip
+        return out
     largest = tile_of(SCORE_TILE_BYTES, block_e * q.element_size())
     tile, per_program, programs = cut(width, requests * num_kv, largest, q.device)
     _score_kernel[(programs, num_kv, requests)](
         q, summaries, page_table, lengths, out, scale, deviation, page_table.stride(0), out.shape[2], per_program,
-        NUM_KV=num_kv, GROUP=num_q // num_kv, PER_PAGE=per_page, BLOCK_SIZE=block_size, DIM=dim, KIND=kind,
-        NUM_STATS=num_stats, MERGE=merge, SUM=aggregate == "sum",
-        BLOCK_G=power_of_two(num_q // num_kv, smallest=8), BLOCK_E=block_e, BLOCK_N=tile,
+        BLOCK_E=block_e, BLOCK_N=tile, **shape,
         **launch_options(q, num_warps=SCORE_WARPS, num_stages=SCORE_STAGES if per_program > 1 else 2),
     )  # fmt: skip
     return out

@@ -88,6 +88,7 @@ def _split_kernel(
     table_ptr,
     indices_ptr,
     counts_ptr,
+    rows_ptr,
     out_ptr,
     piece_ptr,
     lse_ptr,
@@ -110,7 +111,10 @@ def _split_kernel(
         gdc_launch_dependents()
     head, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = request * NUM_KV + head
-    count = tl.load(counts_ptr + row)
+    chosen = row
+    if rows_ptr is not None:
+        chosen = tl.load(rows_ptr + request) * NUM_KV + head
+    count = tl.load(counts_ptr + chosen)
     first = tl.program_id(0) * split
     if first < count:
         group = tl.arange(0, BLOCK_G)
@@ -119,7 +123,7 @@ def _split_kernel(
         offsets = (row * GROUP + group)[:, None] * DIM + dims[None, :]
         q = tl.load(q_ptr + offsets, mask=mask, other=0.0)
         acc, total, peak = attend_places(
-            q, k_ptr, v_ptr, table_ptr + request * table_stride, indices_ptr + row * budget, None, 0, head,
+            q, k_ptr, v_ptr, table_ptr + request * table_stride, indices_ptr + chosen * budget, None, 0, head,
             first, tl.minimum(first + split, count), scale_log2, NUM_KV, GROUP, PAGE, DIM, BLOCK_D, BLOCK_G, BLOCK_N,
         )  # fmt: skip
         acc = acc / total[:, None]
@@ -159,11 +163,13 @@ def merge_pieces(piece_ptr, lse_ptr, pieces, stride, DIM: tl.constexpr, BLOCK_D:
 @triton.jit
 def _merge_kernel(
     counts_ptr,
+    rows_ptr,
     out_ptr,
     piece_ptr,
     lse_ptr,
     split,
     splits,
+    NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -176,7 +182,10 @@ def _merge_kernel(
         gdc_launch_dependents()
     query_row = tl.program_id(0).to(tl.int64)
     row, member = query_row // GROUP, query_row % GROUP
-    count = tl.load(counts_ptr + row)
+    chosen = row
+    if rows_ptr is not None:
+        chosen = tl.load(rows_ptr + row // NUM_KV) * NUM_KV + row % NUM_KV
+    count = tl.load(counts_ptr + chosen)
     if count > split:
         base = row * splits * GROUP + member
         acc, total, _ = merge_pieces(
@@ -209,6 +218,7 @@ def sparse_attention(
     counts: Tensor,
     scale: float,
     out: Tensor,
+    rows: Tensor | None = None,
 ) -> None:
     """See :func:`slipstream.kernels.reference_select.sparse_attention`. Reads nothing back to the host."""
     requests, num_q, dim = q.shape
@@ -224,14 +234,14 @@ def sparse_attention(
     piece = torch.empty((requests * num_q * splits, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((requests * num_q * splits,), dtype=torch.float32, device=q.device)
     block_dim = block_size(dim, smallest=16)
-    shape = {"GROUP": group, "DIM": dim, "BLOCK_D": block_dim}
+    shape = {"NUM_KV": num_kv, "GROUP": group, "DIM": dim, "BLOCK_D": block_dim}
     _split_kernel[(splits, num_kv, requests)](
-        q, k_pages, v_pages, page_table, indices, counts, out, piece, lse, scale * LOG2_E, page_table.stride(0),
-        budget, split, NUM_KV=num_kv, PAGE=page, BLOCK_G=block_size(group, smallest=16),
+        q, k_pages, v_pages, page_table, indices, counts, rows, out, piece, lse, scale * LOG2_E, page_table.stride(0),
+        budget, split, PAGE=page, BLOCK_G=block_size(group, smallest=16),
         BLOCK_N=tile_size(split, block_dim, k_pages.element_size()), **shape,
         **launch_options(q, num_warps=WARPS, num_stages=STAGES),
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(requests * num_q,)](
-            counts, out, piece, lse, split, splits, BLOCK=MERGE_TILE, **shape, **launch_options(q, num_warps=4),
+            counts, rows, out, piece, lse, split, splits, BLOCK=MERGE_TILE, **shape, **launch_options(q, num_warps=4),
         )  # fmt: skip

@@ -14,6 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.kernels.launch import block_size, launch_options, num_processors
+from slipstream.kernels.reference import shares_rows
+from slipstream.kernels.triton_mla import split_pieces
 from slipstream.kernels.triton_sparse import (
     LOG2_E,
     MERGE_TILE,
@@ -171,28 +173,34 @@ def tova_attention(
     """See :func:`slipstream.kernels.reference_select.tova_attention`. Reads nothing back to the host."""
     requests, num_q, dim = q.shape
     num_kv, slots = k.shape[1:3]
-    assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and q.dtype == k.dtype
-    out = torch.empty_like(q)
+    latent, value_dim = shares_rows(k, v), v.shape[3]
+    assert q.is_contiguous() and k.is_contiguous() and (latent or v.is_contiguous()) and q.dtype == k.dtype
+    out = q.new_empty((requests, num_q, value_dim))
     victims = torch.empty(requests, dtype=torch.int64, device=q.device)
     if not requests:
         return out, victims
     group, block_q = num_q // num_kv, block_size(num_q)
-    split = split_size(requests * num_kv, slots, PROGRAMS_PER_PROCESSOR * num_processors(q.device))
-    splits = triton.cdiv(slots, split)
     block_c = max(16, RANK_SCORES // block_q)
     tiles = triton.cdiv(slots, block_c)
     scores = torch.empty((requests, num_q, slots), dtype=torch.float32, device=q.device)
-    piece = torch.empty((requests * num_q * splits, dim), dtype=torch.float32, device=q.device)
-    lse = torch.empty((requests * num_q * splits,), dtype=torch.float32, device=q.device)
     weight = torch.empty((requests, tiles), dtype=torch.float32, device=q.device)
     slot = torch.empty((requests, tiles), dtype=torch.int32, device=q.device)
-    block_dim = block_size(dim, smallest=16)
-    shape = {"GROUP": group, "SLOTS": slots, "DIM": dim, "BLOCK_D": block_dim}
-    _seat_kernel[(splits, num_kv, requests)](
-        q, k, v, rows, filled, scores, piece, lse, scale * LOG2_E, split, NUM_KV=num_kv,
-        BLOCK_G=block_size(group, smallest=16), BLOCK_N=tile_size(split, block_dim, k.element_size()), **shape,
-        **launch_options(q, num_warps=WARPS, num_stages=STAGES),
-    )  # fmt: skip
+    block_dim = block_size(value_dim, smallest=16)
+    shape = {"GROUP": group, "SLOTS": slots, "DIM": value_dim, "BLOCK_D": block_dim}
+    if latent:
+        piece, lse, split, splits = split_pieces(
+            q, k, value_dim, rows.unsqueeze(1), None, filled, None, scores, scale, out, slots
+        )
+    else:
+        split = split_size(requests * num_kv, slots, PROGRAMS_PER_PROCESSOR * num_processors(q.device))
+        splits = triton.cdiv(slots, split)
+        piece = torch.empty((requests * num_q * splits, dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((requests * num_q * splits,), dtype=torch.float32, device=q.device)
+        _seat_kernel[(splits, num_kv, requests)](
+            q, k, v, rows, filled, scores, piece, lse, scale * LOG2_E, split, NUM_KV=num_kv,
+            BLOCK_G=block_size(group, smallest=16), BLOCK_N=tile_size(split, block_dim, k.element_size()), **shape,
+            **launch_options(q, num_warps=WARPS, num_stages=STAGES),
+        )  # fmt: skip
     _merge_and_rank_kernel[(num_q + tiles, requests)](
         filled, scores, piece, lse, out, weight, slot, split, splits, tiles, NUM_Q=num_q, BLOCK_Q=block_q,
         BLOCK_S=block_size(splits), BLOCK_C=block_c, BLOCK=MERGE_TILE, **shape, **launch_options(q, num_warps=4),

@@ -79,7 +79,7 @@ def plan_memory(
         raise ValueError(f"page_size must be at least 1, got {page_size}")
     page_bytes = page_size * (spec.kv_bytes_per_token() + extra_bytes_per_token)
     if kv_memory is None:
-        budget, source = _device_bytes(torch.device(device), reserve_bytes), f"free on {device}"
+        budget, source = device_bytes(torch.device(device), reserve_bytes), f"free on {device}"
     else:
         budget, source = parse_bytes(kv_memory), f"given as kv_memory={kv_memory!r}"
     num_pages = (budget - fixed_bytes) // page_bytes
@@ -95,7 +95,8 @@ def plan_memory(
     return MemoryPlan(num_pages, page_size, page_bytes, fixed_bytes)
 
 
-def _device_bytes(device: torch.device, reserve_bytes: int) -> int:
+def device_bytes(device: torch.device, reserve_bytes: int) -> int:
+    """What a device can give to KV when nobody says how much."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_SHARE) - reserve_bytes

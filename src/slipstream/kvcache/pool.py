@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ class KVPool:
 
     k, v: [L, P, Hk, S, D]; head-major inside a page, so that one head's block is one contiguous run. A slot is
     ``page * S + offset``. Page 0 is the null page: the table never hands it out, padding rows write there. Fresh pages
-    hold zeros, so that whatever a kernel masks away is at least finite.
+    hold zeros, so that whatever a kernel masks away is at least finite. value_dim: for a latent cache, whose values are
+    the first so many columns of its keys: ``v`` [..., value_dim] is then a view of ``k``, and there is no second store.
 
     Raises ``ValueError`` for sizes that cannot hold a token and for ``pinned`` memory on a CUDA device.
     """
@@ -30,6 +31,7 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         pinned: bool = False,
+        value_dim: int | None = None,
     ) -> None:
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
         if min(shape) < 1 or num_pages < 2:
@@ -39,8 +41,9 @@ class KVPool:
             raise ValueError(f"only host memory can be pinned, not {self.device}: use device='cpu' or pinned=False")
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.k = _zeros(shape, dtype, self.device, pinned)
-        self.v = _zeros(shape, dtype, self.device, pinned)
-        self._stores = [self.k, self.v]
+        self.v = _zeros(shape, dtype, self.device, pinned) if value_dim is None else self.k[..., :value_dim]
+        self._stores = [self.k, self.v] if value_dim is None else [self.k]
+        self._followers: list[Callable[[Sequence[tuple[int, int]]], object]] = []
 
     def attach(self, *stores: torch.Tensor) -> None:
         """From now on :meth:`copy_pages` copies the pages of these stores too. Each: [L, P, ...], on this device."""
@@ -48,10 +51,15 @@ class KVPool:
             assert store.shape[:2] == self.k.shape[:2], f"{tuple(store.shape)} is not paged like {tuple(self.k.shape)}"
             self._stores.append(store)
 
+    def follow(self, copy: Callable[[Sequence[tuple[int, int]]], object]) -> None:
+        """From now on whoever holds these pages elsewhere is told of the same pairs by :meth:`copy_pages`."""
+        self._followers.append(copy)
+
     @property
     def bytes(self) -> int:
         """Size of all keys and values in bytes."""
-        return 2 * self.k.numel() * self.k.element_size()
+        stores = 1 if ops.shares_rows(self.k, self.v) else 2
+        return stores * self.k.numel() * self.k.element_size()
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +78,8 @@ class KVPool:
         src, dst = index.to(self.device, non_blocking=True).unbind(1)
         for store in self._stores:
             ops.copy_pages(store, src, dst)
+        for copy in self._followers:
+            copy(pairs)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:

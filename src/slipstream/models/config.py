@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from slipstream.models.latent_config import Experts, Latent, check_latent, read_experts, read_latent
 from slipstream.models.rope import check_rope
 
 
@@ -21,12 +22,16 @@ class Family:
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     qk_norm: bool = False
+    is_latent: bool = False  # latent attention (MLA) and a mixture of experts
 
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, output_bias=False),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
+    "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", is_latent=True),
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", is_latent=True),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", is_latent=True),
 }
 
 # Attributes that change the logits in ways the decoder does not compute: refused by name instead of ignored.
@@ -34,16 +39,23 @@ REFUSED_ATTRIBUTES: dict[str, str] = {
     "quantization_config": "quantised weights",
     "final_logit_softcapping": "soft-capped logits",
     "attn_logit_softcapping": "soft-capped attention",
+    "is_encoder_decoder": "an encoder",
+}
+# Refused of a family that does not have them, for the same reason.
+LATENT_ATTRIBUTES: dict[str, str] = {
     "num_experts": "mixture of experts",
     "num_local_experts": "mixture of experts",
     "n_routed_experts": "mixture of experts",
-    "is_encoder_decoder": "an encoder",
+    "kv_lora_rank": "latent attention",
 }
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """One decoder, whichever family it is of. ``rope`` is the v5 ``rope_parameters`` dict; ``dtype`` as stored."""
+    """One decoder, whichever family it is of. ``rope`` is the v5 ``rope_parameters`` dict; ``dtype`` as stored.
+
+    latent, experts: None but for latent attention; then num_kv_heads is 1 and head_dim the width of a cache row.
+    """
 
     architecture: str
     num_layers: int
@@ -64,6 +76,13 @@ class DecoderConfig:
     tied: bool
     dtype: torch.dtype | None
     eos_token_ids: tuple[int, ...]
+    latent: Latent | None = None
+    experts: Experts | None = None
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that RoPE is made for."""
+        return self.head_dim if self.latent is None else self.latent.rope
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -103,7 +122,8 @@ def read_config(config: PretrainedConfig) -> DecoderConfig:
     """Picks the decoder's facts out of a transformers config; ``ValueError`` names what is not supported."""
     architecture = find_architecture({"architectures": config.architectures, "model_type": config.model_type})
     family = FAMILIES[architecture]
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, family)
+    latent = read_latent(config) if family.is_latent else None
     bias = bool(getattr(config, "attention_bias", False))
     return DecoderConfig(
         architecture=architecture,
@@ -111,8 +131,10 @@ def read_config(config: PretrainedConfig) -> DecoderConfig:
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads if latent is None else 1,
+        head_dim=latent.row
+        if latent is not None
+        else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         max_position=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
@@ -125,6 +147,8 @@ def read_config(config: PretrainedConfig) -> DecoderConfig:
         tied=bool(config.tie_word_embeddings),
         dtype=config.dtype,
         eos_token_ids=token_ids(config.eos_token_id),
+        latent=latent,
+        experts=read_experts(config) if family.is_latent else None,
     )
 
 
@@ -135,8 +159,9 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _refuse_unsupported(config: PretrainedConfig) -> None:
-    for name, meaning in REFUSED_ATTRIBUTES.items():
+def _refuse_unsupported(config: PretrainedConfig, family: Family) -> None:
+    refused = REFUSED_ATTRIBUTES if family.is_latent else REFUSED_ATTRIBUTES | LATENT_ATTRIBUTES
+    for name, meaning in refused.items():
         if getattr(config, name, None):
             raise ValueError(f"the config sets {name} ({meaning}), which is not supported")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -150,3 +175,5 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         # transformers ignores it in these families for plain RoPE and fails for scaled RoPE: nothing to be equal to.
         raise ValueError("partial_rotary_factor other than 1 is not supported for these architectures")
+    if family.is_latent:
+        check_latent(config)

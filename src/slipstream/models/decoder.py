@@ -1,6 +1,8 @@
-"""The decoder of Llama 3.x, Qwen2/2.5 and Qwen3: tokens to hidden states to logits; attention is an argument."""
+"""The decoder of every supported family: tokens to hidden states to logits; attention is an argument."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from slipstream.kernels import ops
 from slipstream.models.config import DecoderConfig
 from slipstream.models.layers import DecoderLayer
 from slipstream.models.linear import Linear
+from slipstream.models.mla import LatentLayer
 from slipstream.models.parameters import pop_layer
 from slipstream.models.rope import cos_sin_table
 from slipstream.types import Batch
@@ -27,14 +30,12 @@ class CausalLM:
         self.config = config
         self.embedding = weights.pop("embedding")
         self.head = Linear(weights.pop("head", self.embedding))
-        self.layers = [
-            DecoderLayer(index, config.norm_eps, pop_layer(weights, index)) for index in range(config.num_layers)
-        ]
+        self.layers = [_layer(config, index, pop_layer(weights, index)) for index in range(config.num_layers)]
         self.first_norm = self.layers[0].input_norm
         # Each layer ends with the norm that its successor starts with: one fused add and norm instead of two ops.
         self.next_norms = [layer.input_norm for layer in self.layers[1:]] + [weights.pop("final_norm")]
         self.cos_sin = cos_sin_table(
-            config.rope, config.head_dim, num_positions, config.max_position, self.embedding.device
+            config.rope, config.rope_dim, num_positions, config.max_position, self.embedding.device
         )
 
     @property
@@ -55,7 +56,28 @@ class CausalLM:
             normed, residual = layer.forward(normed, residual, positions, cos_sin, backend, next_norm)
         return normed
 
+    def foresight(self) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(layer, residual stream [T, H], positions [T]) -> the queries [T, Hq, D] that the layer would make of it.
+
+        Not for latent attention. On a CPU the projections are packed once more for it.
+        """
+        config, layers = self.config, [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        projections = [layer.qkv.first_rows(config.num_heads * config.head_dim) for layer in layers]
+        nowhere = self.embedding.new_empty((1, 0, 1, config.head_dim))  # pages of no KV head
+
+        def foresee(index: int, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            layer = layers[index]
+            heads = projections[index](ops.rms_norm(residual, layer.input_norm, layer.eps))
+            args = (layer.q_norm, layer.k_norm, layer.eps, self.cos_sin, positions, positions, nowhere, nowhere)
+            return ops.qk_norm_rope_store(heads, *args)
+
+        return foresee
+
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, H] hidden states to [R, V] logits in the model's dtype."""
         return self.head(hidden)
+
+
+def _layer(config: DecoderConfig, index: int, weights: dict[str, torch.Tensor]) -> DecoderLayer | LatentLayer:
+    return (DecoderLayer if config.latent is None else LatentLayer)(index, config, weights)

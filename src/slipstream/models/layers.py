@@ -11,6 +11,7 @@ import torch
 
 from slipstream.attention.backend import AttentionBackend
 from slipstream.kernels import ops
+from slipstream.models.config import DecoderConfig
 from slipstream.models.linear import Linear
 
 
@@ -23,9 +24,9 @@ class DecoderLayer:
 
     __slots__ = ("index", "eps", "input_norm", "qkv", "q_norm", "k_norm", "output", "mlp_norm", "gate_up", "down")
 
-    def __init__(self, index: int, eps: float, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
         self.index = index
-        self.eps = eps
+        self.eps = config.norm_eps
         self.input_norm = weights["input_norm"]
         self.qkv = Linear(weights["qkv"], weights.get("qkv_bias"))
         self.q_norm = weights.get("q_norm")
@@ -50,5 +51,6 @@ class DecoderLayer:
         q = ops.qk_norm_rope_store(qkv, self.q_norm, self.k_norm, self.eps, cos_sin, positions, slots, k_pages, v_pages)
         mixed = self.output(backend.attend(self.index, q).flatten(1))
         normed, residual = ops.add_rms_norm(mixed, residual, self.mlp_norm, self.eps)
+        backend.foresee(self.index, residual)
         mixed = self.down(ops.silu_mul(self.gate_up(normed)))
         return ops.add_rms_norm(mixed, residual, next_norm, self.eps)

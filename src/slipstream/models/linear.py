@@ -35,6 +35,10 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")[:1]
         return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
+    def first_rows(self, count: int) -> Linear:
+        """The projection to the first ``count`` outputs. Shares the weight, but where it is packed."""
+        return Linear(self.dense_weight()[:count], None if self.bias is None else self.bias[:count])
+
     def dense_weight(self) -> torch.Tensor:
         """[out, in] in the ordinary layout (a copy when it is packed)."""
         return self.weight.to_dense() if self._packed else self.weight

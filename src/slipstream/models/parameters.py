@@ -13,8 +13,10 @@ from typing import Literal
 import torch
 
 from slipstream.models.config import DecoderConfig
+from slipstream.models.latent_config import Experts
 
 Shape = tuple[int, ...]
+Fill = Literal["normal", "ones", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of ours: its sources concatenated along ``axis``, in order. ``fill``: how dummy weights are made."""
+    """One tensor of ours: its sources concatenated along ``axis``, in order. ``fill``: how dummy weights are made.
+
+    wide: kept in float32 whatever the model's dtype is.
+    """
 
     name: str
     sources: tuple[Source, ...]
     axis: int
-    fill: Literal["normal", "ones"]
+    fill: Fill
+    wide: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -48,9 +54,10 @@ class Rule:
 
     name: str
     sources: tuple[str, ...]
-    fill: Literal["normal", "ones"] = "normal"
+    fill: Fill = "normal"
     axis: int = 0
     present: Callable[[DecoderConfig], bool] = lambda config: True
+    wide: bool = False
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -75,6 +82,24 @@ LAYER: tuple[Rule, ...] = (
     Rule("down", ("mlp.down_proj.weight",)),
     Rule("down_bias", ("mlp.down_proj.bias",), present=lambda config: config.mlp_bias),
 )
+LATENT_ATTENTION: tuple[Rule, ...] = (
+    Rule("input_norm", ("input_layernorm.weight",), fill="ones"),
+    Rule("kv_norm", ("self_attn.kv_a_layernorm.weight",), fill="ones"),
+    Rule("kv_up", ("self_attn.kv_b_proj.weight",)),
+    Rule("output", ("self_attn.o_proj.weight",)),
+    Rule("mlp_norm", ("post_attention_layernorm.weight",), fill="ones"),
+)
+# What reads the layer's input is one product: the queries, or their latent, and the latent of keys and values.
+LATENT_QUERY: tuple[Rule, ...] = (Rule("q_kv", ("self_attn.q_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")),)
+LATENT_LOW_RANK_QUERY: tuple[Rule, ...] = (
+    Rule("q_kv", ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")),
+    Rule("q_norm", ("self_attn.q_a_layernorm.weight",), fill="ones"),
+    Rule("q_up", ("self_attn.q_b_proj.weight",)),
+)
+DENSE_MLP: tuple[Rule, ...] = (
+    Rule("gate_up", _suffixed(_GATE_UP, "weight")),
+    Rule("down", ("mlp.down_proj.weight",)),
+)
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
@@ -85,13 +110,13 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     """Every parameter of a decoder, in the order of the forward pass (and so of most checkpoints)."""
     vocabulary = (config.vocab_size, config.hidden_size)
     yield Parameter("embedding", (Source(EMBEDDING, vocabulary),), 0, "normal")
-    shapes = _layer_shapes(config)
+    shapes = _layer_shapes(config) if config.latent is None else _latent_shapes(config)
     for index in range(config.num_layers):
         prefix = LAYER_PREFIX.format(index=index)
-        for rule in LAYER:
+        for rule in _rules(config, index):
             if rule.present(config):
                 sources = tuple(Source(prefix + name, shapes[name]) for name in rule.sources)
-                yield Parameter(f"{index}.{rule.name}", sources, rule.axis, rule.fill)
+                yield Parameter(f"{index}.{rule.name}", sources, rule.axis, rule.fill, rule.wide)
     yield Parameter("final_norm", (Source(FINAL_NORM, (config.hidden_size,)),), 0, "ones")
     if not config.tied:
         yield Parameter("head", (Source(HEAD, vocabulary),), 0, "normal")
@@ -99,8 +124,31 @@ def parameters(config: DecoderConfig) -> Iterator[Parameter]:
 
 def pop_layer(weights: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
     """Takes the parameters of one layer out of ``weights``, by the names of their rules."""
-    named = {rule.name: weights.pop(f"{index}.{rule.name}", None) for rule in LAYER}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    prefix = f"{index}."
+    return {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+
+
+def _rules(config: DecoderConfig, index: int) -> tuple[Rule, ...]:
+    if config.latent is None:
+        return LAYER
+    assert config.experts is not None, "latent attention comes with experts"
+    attention = LATENT_ATTENTION + (LATENT_QUERY if config.latent.q_lora is None else LATENT_LOW_RANK_QUERY)
+    return attention + (_expert_rules(config.experts) if config.experts.is_sparse[index] else DENSE_MLP)
+
+
+def _expert_rules(experts: Experts) -> tuple[Rule, ...]:
+    """The matrices of all experts below each other: [E * 2I, H] and [E * H, I], which is [E, 2I, H] and [E, H, I]."""
+    each, shared = [f"mlp.experts.{i}." for i in range(experts.count)], "mlp.shared_experts."
+    rules = (
+        Rule("router", ("mlp.gate.weight",), wide=True),
+        Rule("experts_gate_up", tuple(f"{e}{p}_proj.weight" for e in each for p in ("gate", "up"))),
+        Rule("experts_down", tuple(f"{e}down_proj.weight" for e in each)),
+        Rule("gate_up", tuple(f"{shared}{p}_proj.weight" for p in ("gate", "up"))),
+        Rule("down", (f"{shared}down_proj.weight",)),
+    )
+    if experts.scoring == "softmax":
+        return rules
+    return (*rules, Rule("correction", ("mlp.gate.e_score_correction_bias",), fill="zeros", wide=True))
 
 
 def _layer_shapes(config: DecoderConfig) -> dict[str, Shape]:
@@ -120,4 +168,32 @@ def _layer_shapes(config: DecoderConfig) -> dict[str, Shape]:
     shapes |= {f"{name}.bias": shape[:1] for name, shape in projections.items()}
     shapes |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     shapes |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
+    return shapes
+
+
+def _latent_shapes(config: DecoderConfig) -> dict[str, Shape]:
+    """:func:`_layer_shapes` of latent attention and experts."""
+    latent, experts, hidden = config.latent, config.experts, config.hidden_size
+    assert latent is not None and experts is not None, "latent attention comes with experts"
+    q_size = config.num_heads * (latent.nope + latent.rope)
+    q_rank = latent.q_lora or hidden
+    shapes: dict[str, Shape] = {
+        "self_attn.q_proj.weight": (q_size, hidden),
+        "self_attn.q_a_proj.weight": (q_rank, hidden),
+        "self_attn.q_a_layernorm.weight": (q_rank,),
+        "self_attn.q_b_proj.weight": (q_size, q_rank),
+        "self_attn.kv_a_proj_with_mqa.weight": (latent.row, hidden),
+        "self_attn.kv_a_layernorm.weight": (latent.kv_lora,),
+        "self_attn.kv_b_proj.weight": (config.num_heads * (latent.nope + latent.value), latent.kv_lora),
+        "self_attn.o_proj.weight": (hidden, config.num_heads * latent.value),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate.weight": (experts.count, hidden),
+        "mlp.gate.e_score_correction_bias": (experts.count,),
+    }
+    widths = {"mlp.": config.intermediate_size, "mlp.shared_experts.": experts.shared * experts.width}
+    widths |= {f"mlp.experts.{i}.": experts.width for i in range(experts.count)}
+    for prefix, inner in widths.items():
+        shapes |= {f"{prefix}{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"{prefix}down_proj.weight"] = (hidden, inner)
     return shapes

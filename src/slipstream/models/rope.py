@@ -101,11 +101,12 @@ def _yarn_attention_factor(rope: Rope, factor: float) -> float:
     if given is not None:
         return float(given)
     if mscale and mscale_all:
-        return _mscale(factor, mscale) / _mscale(factor, mscale_all)
-    return _mscale(factor, 1.0)
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
+    return yarn_mscale(factor, 1.0)
 
 
-def _mscale(factor: float, scale: float) -> float:
+def yarn_mscale(factor: float, scale: float) -> float:
+    """YaRN's warming of the logits for a context that is ``factor`` times as long."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 

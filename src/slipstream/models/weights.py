@@ -78,7 +78,8 @@ def _stored_weights(
     weights: dict[str, torch.Tensor] = {}
     read: set[str] = set()
     for parameter in parameters(config):
-        weights[parameter.name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+        kept = torch.float32 if parameter.wide else dtype
+        weights[parameter.name] = torch.empty(parameter.shape, dtype=kept, device=device)
         checkpoint.copy(parameter, weights[parameter.name])
         read.update(source.name for source in parameter.sources)
     checkpoint.refuse_unread((LAYER_PREFIX.format(index=i) for i in range(config.num_layers)), read)
@@ -103,9 +104,9 @@ def _random_weights(
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for parameter in parameters(config):
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if parameter.fill == "ones":
-            tensor.fill_(1.0)
+        tensor = torch.empty(parameter.shape, dtype=torch.float32 if parameter.wide else dtype, device=device)
+        if parameter.fill != "normal":
+            tensor.fill_(1.0 if parameter.fill == "ones" else 0.0)
         else:
             tensor.normal_(0.0, config.initializer_range, generator=generator)
         weights[parameter.name] = tensor
@@ -147,6 +148,8 @@ def _describe(config: DecoderConfig, dtype: torch.dtype, num_positions: int) -> 
         max_position=num_positions,
         dtype=dtype,
         eos_token_ids=config.eos_token_ids,
+        value_dim=None if config.latent is None else config.latent.kv_lora,
+        softmax_scale=None if config.latent is None else config.latent.scale,
     )
 
 

@@ -9,14 +9,15 @@ from torch import Tensor
 from slipstream.kernels import sparse
 from slipstream.kvcache.index import IndexParts, KeyIndex
 from slipstream.kvcache.pool import KVPool
-from slipstream.selection.selector import TOKEN_AGGREGATES, Budgeted, Planned, Selector, one_of, option
+from slipstream.selection.selector import CHANNELS, TOKEN_AGGREGATES, Budgeted, Planned, Selector, one_of, option
 from slipstream.types import ModelSpec, Selection, options
 
+CHANNELS_HELP = "channels of a key in its 4-bit label; default: 32, with latent attention 128 or a quarter of its row"
 CALIBRATION_HELP = "file of `slipstream calibrate`; default: the model directory's, else the first prompt decides"
 
 
-def check_channels(channels: int) -> None:
-    if channels % 2:
+def check_channels(channels: int | None) -> None:
+    if channels is not None and channels % 2:
         raise ValueError(f"channels must be even (two share a byte), got {channels}")
 
 
@@ -27,7 +28,7 @@ class DoubleSparsity(Budgeted):
 
     dense_layers: int = option(2, "first layers that attend to everything (quest, double_sparsity: 2 by default)")
     aggregate: str = option("sum", "over a KV head's query heads: 'sum', 'max' of weights; tokens also 'peak' logit")
-    channels: int = option(32, "channels of a key in its 4-bit label")
+    channels: int | None = option(None, CHANNELS_HELP)
     calibration: str | None = option(None, CALIBRATION_HELP)
 
     def __post_init__(self) -> None:
@@ -42,7 +43,7 @@ class DoubleSparsity(Budgeted):
 
     @property
     def index(self) -> IndexParts:
-        return IndexParts(num_channels=self.channels)
+        return IndexParts(num_channels=self.channels or CHANNELS)
 
     def selector(self, pool: KVPool, spec: ModelSpec, index: KeyIndex | None) -> Selector:
         assert index is not None, "labels are in the index"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self, get_type_hints
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from slipstream.kvcache.index import IndexParts, KeyIndex
 from slipstream.kvcache.pool import KVPool
 from slipstream.types import Batch, ModelSpec, Selection, nearest
 
+CHANNELS, LATENT_CHANNELS = 32, 128  # of labels by default; at most a quarter of a latent cache's row
 AGGREGATES = ("sum", "max")  # of block scores, over the query heads of a KV head
 TOKEN_AGGREGATES = ("sum", "max", "peak")  # of softmax weights; peak: the largest logit, without a softmax
 
@@ -47,6 +48,9 @@ class Planned:
         self._table, self._lengths = batch.page_table, lengths
 
 
+MAY_BE_ZERO = ("sink", "recent", "dense_layers", "min_context", "deviation", "measure", "ridge", "beta", "decay")
+
+
 def option(default: Any, text: str) -> Any:
     """A field of a method's config; ``text`` is its help on the command line."""
     return field(default=default, metadata={"help": text})
@@ -63,7 +67,7 @@ def check_numbers(config: Any) -> None:
         value = getattr(config, name)
         if hint not in (int, float, int | None) or (value is None and hint == int | None):
             continue
-        least = 0 if name in ("sink", "recent", "dense_layers", "min_context", "deviation") else 1
+        least = 0 if name in MAY_BE_ZERO else 1
         kinds = (int, float) if hint is float else int
         if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < float("inf"):
             what = "a number" if hint is float else "an integer"
@@ -111,6 +115,13 @@ class Budgeted:
             raise ValueError(f"dense_layers = {self.dense_layers} of a model of {spec.num_layers} layers: lower it")
         if self.index is not None:
             self.index.check_model(spec)
+
+    def for_model(self, spec: ModelSpec) -> Self:
+        """This config with what depends on the model filled in: ``channels`` where the user gave none."""
+        if getattr(self, "channels", 0) is not None:
+            return self
+        quarter = spec.head_dim // 8 * 2
+        return replace(self, channels=CHANNELS if spec.value_dim is None else min(LATENT_CHANNELS, quarter))  # type: ignore[call-arg]
 
     def selector(self, pool: KVPool, spec: ModelSpec, index: KeyIndex | None) -> Selector:
         raise NotImplementedError

@@ -10,9 +10,10 @@ from slipstream.kernels import sparse
 from slipstream.kernels.sparse import NUM_STATS
 from slipstream.kvcache.index import IndexParts, KeyIndex
 from slipstream.kvcache.pool import KVPool
-from slipstream.selection.double_sparsity import CALIBRATION_HELP, check_channels
+from slipstream.selection.double_sparsity import CALIBRATION_HELP, CHANNELS_HELP, check_channels
 from slipstream.selection.selector import (
     AGGREGATES,
+    CHANNELS,
     TOKEN_AGGREGATES,
     Budgeted,
     Planned,
@@ -42,7 +43,7 @@ class TwoLevel(Budgeted):
     block_score: str = option("minmax", "how a block is scored: 'mean', 'minmax', 'meanstd'; two_level: 'minmax4x16'")
     deviation: float = option(1.0, "weight of the spread in block_score 'meanstd'")
     block_aggregate: str = option("sum", "over the query heads of a KV head, of block scores: 'max' or 'sum'")
-    channels: int = option(32, "channels of a key in its 4-bit label")
+    channels: int | None = option(None, CHANNELS_HELP)
     calibration: str | None = option(None, CALIBRATION_HELP)
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class TwoLevel(Budgeted):
     @property
     def index(self) -> IndexParts:
         kind = "minmax" if self.block_score == QUARTERS else self.block_score
-        return IndexParts(kind, self.block // self.merge, self.channels)
+        return IndexParts(kind, self.block // self.merge, self.channels or CHANNELS)
 
     def check_page_size(self, page_size: int) -> None:
         IndexParts("mean", self.block).check_page_size(page_size)  # whole blocks are of one page, not only quarters
@@ -90,19 +91,26 @@ class TwoLevelSelector(Planned):
         self._kind = index.parts.kind
 
     def select(self, layer: int, query: Tensor) -> Selection:
+        return self.tokens(layer, query, self.blocks(layer, query))
+
+    def blocks(self, layer: int, query: Tensor) -> Tensor:
+        """Level 1. query: [B, Hq, D] -> [B, Hk, M] int32 blocks, ascending, then -1."""
         own, lengths = self._config, self._lengths
-        summaries, labels = self._index.summaries(layer), self._index.labels(layer)
         scores = sparse.score_blocks(
-            query, summaries, self._table, lengths, self._kind, own.merge, self._scale, own.block_aggregate,
-            own.deviation, own.index.block,
+            query, self._index.summaries(layer), self._table, lengths, self._kind, own.merge, self._scale,
+            own.block_aggregate, own.deviation, own.index.block,
         )  # fmt: skip
         # No more than there are: where page tables are narrow, so are the candidates.
         num_blocks = min(own.blocks, scores.shape[-1])
-        blocks = sparse.top_blocks(scores, lengths, own.block, num_blocks, own.sink, own.recent)
+        return sparse.top_blocks(scores, lengths, own.block, num_blocks, own.sink, own.recent)
+
+    def tokens(self, layer: int, query: Tensor, blocks: Tensor) -> Selection:
+        """Level 2, inside ``blocks`` [B, Hk, M]."""
+        own, labels = self._config, self._index.labels(layer)
         return Selection(
             *sparse.label_tokens(
-                query, *labels, self._table, lengths, blocks, own.block, self._scale, own.budget, own.sink, own.recent,
-                own.aggregate,
+                query, *labels, self._table, self._lengths, blocks, own.block, self._scale, own.budget, own.sink,
+                own.recent, own.aggregate,
             )
         )  # fmt: skip
 

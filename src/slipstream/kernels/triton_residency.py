@@ -1,0 +1,367 @@
+"""Residency on the device: what is in slots, what is wanted, and who gives way.
+
+:func:`find_blocks` is on the critical path of a step and runs one program per request and head; :func:`claim_slots`,
+which must see all requests of a head at once, is one program per head and belongs beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from slipstream.kernels.launch import block_size as power_of_two
+from slipstream.kernels.launch import launch_options
+from slipstream.kernels.reference_residency import Slots
+from slipstream.kernels.triton_choose import ABSENT, choose, num_warps
+
+LAST = tl.constexpr(0x7FFFFFFF)
+LOWEST = tl.constexpr(-0x80000000)
+CHUNK = 32
+"""Blocks of a set that are compared with all others at once."""
+
+
+@triton.jit
+def _keys(blocks, end, table_ptr, PER_PAGE: tl.constexpr):
+    there = (blocks >= 0) & (blocks < end)
+    pages = tl.load(table_ptr + blocks // PER_PAGE, mask=there, other=0)
+    return tl.where(there & (pages > 0), pages * PER_PAGE + blocks % PER_PAGE, -1)
+
+
+@triton.jit
+def _slots(keys, slot_of_ptr):
+    return tl.load(slot_of_ptr + keys, mask=keys >= 0, other=-1)
+
+
+@triton.jit
+def _find_kernel(
+    blocks_ptr,
+    nexts_ptr,
+    table_ptr,
+    seats_ptr,
+    lengths_ptr,
+    slot_of_ptr,
+    used_ptr,
+    sets_ptr,
+    made_for_ptr,
+    tick_ptr,
+    counters_ptr,
+    out_ptr,
+    urgent_ptr,
+    later_ptr,
+    table_stride,
+    num_keys,
+    num_slots,
+    width,
+    set_width,
+    out_width,
+    drift,
+    MODE: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (Hk, B)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    head, request = tl.program_id(0), tl.program_id(1)
+    row = request.to(tl.int64) * tl.num_programs(0) + head
+    length = tl.load(lengths_ptr + request)
+    seat = tl.load(seats_ptr + request)
+    tick = tl.load(tick_ptr)
+    table_ptr += request.to(tl.int64) * table_stride
+    slot_of_ptr += head.to(tl.int64) * num_keys
+    used_ptr += head * num_slots
+    sets_ptr += (seat * tl.num_programs(0) + head) * set_width
+    made_for_ptr += seat * tl.num_programs(0) + head
+    places = tl.arange(0, BLOCK_M)
+    inside = places < width
+    live = length > 0
+    tail = tl.maximum(length - 1, 0) // (SIZE * PER_PAGE) * PER_PAGE
+    blocks = tl.load(blocks_ptr + row * width + places, mask=inside & live, other=-1)
+    nexts = tl.load(nexts_ptr + row * width + places, mask=inside & live, other=-1)
+    matches = live & (tl.load(made_for_ptr) == length)
+    known = tl.load(sets_ptr + places, mask=inside & matches, other=-1)
+    known_slots = _slots(_keys(known, tail, table_ptr, PER_PAGE), slot_of_ptr)
+    lost = tl.sum(((known >= 0) & (known < tail) & (known_slots < 0)).to(tl.int32), axis=0) > 0
+    valid = matches & (lost == 0)
+    shared = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, width, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        some = tl.load(sets_ptr + at, mask=(at < width) & matches, other=-2)
+        shared += tl.sum((blocks[:, None] == some[None, :]).to(tl.int32), axis=1)
+    present = blocks >= 0
+    fresh = present & (shared == 0)
+    num = tl.sum(present.to(tl.int32), axis=0)
+    turned = tl.sum(fresh.to(tl.int32), axis=0)
+    drifted = valid & (turned.to(tl.float32) > drift * num.to(tl.float32))
+    sync = live & ((valid == 0) | drifted)
+    if MODE == "current":
+        sync = live
+    keys = _keys(blocks, tail, table_ptr, PER_PAGE)
+    block_slots = _slots(keys, slot_of_ptr)
+    tl.store(urgent_ptr + row * width + places, tl.where(sync, keys, -1), mask=inside)
+    end = tl.where(length % (SIZE * PER_PAGE) == 0, LAST, tail)
+    tl.store(later_ptr + row * width + places, _keys(nexts, end, table_ptr, PER_PAGE), mask=inside)
+    out_ptr += row * out_width
+    wide = tl.arange(0, BLOCK_W)
+    if sync | (live == 0):
+        out = tl.load(blocks_ptr + row * width + wide, mask=(wide < width) & live, other=-1)
+        tl.store(out_ptr + wide, out, mask=wide < out_width)
+        tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=block_slots >= 0)
+    else:
+        tl.store(used_ptr + known_slots, tick + tl.zeros_like(known_slots), mask=known_slots >= 0)
+        if MODE == "union":
+            more = fresh & ((blocks >= tail) | (block_slots >= 0))
+            tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=more & (block_slots >= 0))
+            both = tl.join(tl.where(known >= 0, known, LAST), tl.where(more, blocks, LAST))
+            both = tl.sort(tl.reshape(both, (2 * BLOCK_M,)))
+            tl.store(out_ptr + tl.arange(0, 2 * BLOCK_M), tl.where(both == LAST, -1, both),
+                     mask=tl.arange(0, 2 * BLOCK_M) < out_width)  # fmt: skip
+        else:
+            newest = (length - 1) // SIZE
+            num_known = tl.sum((known >= 0).to(tl.int32), axis=0)
+            at_end = (wide == num_known) & (tl.max(known, axis=0) < newest)
+            out = tl.load(sets_ptr + wide, mask=wide < num_known, other=-1)
+            tl.store(out_ptr + wide, tl.where(at_end, newest, out), mask=wide < out_width)
+    tl.debug_barrier()  # everybody has read the old set
+    if live:
+        for start in range(0, set_width, BLOCK_M):
+            at = start + places
+            value = tl.where(start == 0, nexts, -1)
+            tl.store(sets_ptr + at, value, mask=at < set_width)
+        tl.store(made_for_ptr, length + 1)
+    if live & (seat > 0):
+        tl.atomic_add(counters_ptr, tl.sum((nexts >= 0).to(tl.int64), axis=0))
+        tl.atomic_add(counters_ptr + 1, tl.where(valid, num, 0).to(tl.int64))
+        tl.atomic_add(counters_ptr + 2, tl.where(valid, turned, 0).to(tl.int64))
+        tl.atomic_add(counters_ptr + 3, tl.where(matches, 0, 1).to(tl.int64))
+        tl.atomic_add(counters_ptr + 4, drifted.to(tl.int64))
+        tl.atomic_add(counters_ptr + 5, (matches & lost).to(tl.int64))
+
+
+def find_blocks(
+    blocks: Tensor,
+    nexts: Tensor,
+    page_table: Tensor,
+    seats: Tensor,
+    lengths: Tensor,
+    slots: Slots,
+    sets: Tensor,
+    made_for: Tensor,
+    tick: Tensor,
+    counters: Tensor,
+    per_page: int,
+    block_size: int,
+    mode: str,
+    drift: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`slipstream.kernels.reference_residency.find_blocks`. Reads nothing back to the host."""
+    requests, num_kv, width = blocks.shape
+    assert blocks.is_contiguous() and nexts.is_contiguous() and nexts.shape == blocks.shape and sets.is_contiguous()
+    assert made_for.is_contiguous() and all(x.is_contiguous() for x in slots) and width <= sets.shape[2]
+    out_width = {"previous": width + 1, "union": 2 * width, "current": width}[mode]
+    out = blocks.new_empty((requests, num_kv, out_width))
+    urgent, later = torch.empty_like(blocks), torch.empty_like(blocks)
+    if requests:
+        block_m = power_of_two(width, smallest=CHUNK)
+        _find_kernel[(num_kv, requests)](
+            blocks, nexts, page_table, seats, lengths, slots.slot_of, slots.used, sets, made_for, tick, counters, out,
+            urgent, later, page_table.stride(0), slots.slot_of.shape[1], slots.used.shape[1], width, sets.shape[2],
+            out_width, drift, MODE=mode, PER_PAGE=per_page, SIZE=block_size, BLOCK_M=block_m,
+            BLOCK_W=power_of_two(out_width), CHUNK=CHUNK, **launch_options(blocks, num_warps=4),
+        )  # fmt: skip
+    return out, urgent, later
+
+
+@triton.jit
+def _claim_kernel(
+    keys_ptr,
+    slot_of_ptr,
+    key_of_ptr,
+    used_ptr,
+    tick_ptr,
+    counter_ptr,
+    loads_ptr,
+    counts_ptr,
+    num_keys,
+    num_slots,
+    width,
+    wanted,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (Hk,): barriers order what the threads of the one program of a head tell each other through memory."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    head = tl.program_id(0)
+    tick = tl.load(tick_ptr)
+    slot_of_ptr += head.to(tl.int64) * num_keys
+    key_of_ptr += head * num_slots
+    used_ptr += head * num_slots
+    loads_ptr += head * wanted * 2
+    ids = tl.arange(0, BLOCK_I)
+    at = (ids // width * tl.num_programs(0) + head) * width + ids % width
+    keys = tl.load(keys_ptr + at, mask=ids < wanted, other=-1)
+    held = tl.load(slot_of_ptr + keys, mask=keys >= 0, other=0)
+    tl.store(used_ptr + held, tick + tl.zeros_like(held), mask=(keys >= 0) & (held >= 0))
+    missing = (keys >= 0) & (held < 0)
+    num = tl.sum(missing.to(tl.int32), axis=0)
+    if num > 0:
+        # The first of equal keys wins, and of many numbers below -1 the lowest stays.
+        tl.debug_barrier()
+        tl.atomic_min(slot_of_ptr + keys, LOWEST + ids, mask=missing)
+        tl.debug_barrier()
+        claim = tl.load(slot_of_ptr + keys, mask=missing, other=0, volatile=True)
+        first = missing & (claim == LOWEST + ids)
+        place = tl.cumsum(first.to(tl.int32), axis=0) - 1
+        num = tl.sum(first.to(tl.int32), axis=0)
+        tl.store(loads_ptr + 2 * place, keys, mask=first)
+        slots = tl.arange(0, BLOCK_C)
+        used = tl.load(used_ptr + slots, mask=slots < num_slots, other=0, volatile=True)
+        images = tl.where((slots < num_slots) & (used < tick), -used, ABSENT)
+        kept, to, _ = choose(images, num, 0)
+        tl.store(loads_ptr + 2 * to + 1, slots, mask=kept)
+        old = tl.load(key_of_ptr + slots, mask=kept, other=-1)
+        tl.store(slot_of_ptr + old, tl.full((BLOCK_C,), -1, tl.int32), mask=old >= 0)
+        tl.debug_barrier()
+        new = tl.load(loads_ptr + 2 * ids, mask=ids < num, other=0, volatile=True)
+        slot = tl.load(loads_ptr + 2 * ids + 1, mask=ids < num, other=0, volatile=True)
+        tl.store(slot_of_ptr + new, slot, mask=ids < num)
+        tl.store(key_of_ptr + slot, new, mask=ids < num)
+        tl.store(used_ptr + slot, tick + tl.zeros_like(slot), mask=ids < num)
+    tl.store(counts_ptr + head, num)
+    tl.atomic_add(counter_ptr, num.to(tl.int64))
+
+
+def claim_slots(keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`slipstream.kernels.reference_residency.claim_slots`; what is behind the counts is undefined."""
+    requests, num_kv, width = keys.shape
+    assert keys.is_contiguous() and all(x.is_contiguous() for x in slots)
+    loads = keys.new_empty((num_kv, requests * width, 2))
+    counts = keys.new_zeros(num_kv)
+    if requests * width:
+        block_c = power_of_two(slots.used.shape[1], smallest=16)
+        block_i = power_of_two(requests * width, smallest=16)
+        _claim_kernel[(num_kv,)](
+            keys, *slots, tick, counter, loads, counts, slots.slot_of.shape[1], slots.used.shape[1], width,
+            requests * width, BLOCK_I=block_i, BLOCK_C=block_c,
+            **launch_options(keys, num_warps=max(num_warps(block_c), num_warps(block_i))),
+        )  # fmt: skip
+    return loads, counts
+
+
+@triton.jit
+def _forget_kernel(
+    table_ptr,
+    query_start_ptr,
+    lengths_ptr,
+    slot_of_ptr,
+    key_of_ptr,
+    used_ptr,
+    table_stride,
+    num_keys,
+    num_slots,
+    rows,
+    PAGE: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (pages that the newest tokens may touch, tiles of the rows of all layers and heads, B)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    request = tl.program_id(2)
+    length = tl.load(lengths_ptr + request)
+    new = tl.load(query_start_ptr + request + 1) - tl.load(query_start_ptr + request)
+    column = tl.maximum(length - new, 0) // PAGE + tl.program_id(0)
+    if (length > 0) & (column * PAGE < length):
+        page = tl.load(table_ptr + request.to(tl.int64) * table_stride + column).to(tl.int64)
+        if page > 0:
+            row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+            for sub in range(PER_PAGE):
+                at = slot_of_ptr + row.to(tl.int64) * num_keys + page * PER_PAGE + sub
+                slot = tl.load(at, mask=row < rows, other=-1)
+                held = (row < rows) & (slot >= 0)
+                place = row.to(tl.int64) * num_slots + slot
+                tl.store(key_of_ptr + place, tl.full((BLOCK,), -1, tl.int32), mask=held)
+                tl.store(used_ptr + place, tl.zeros((BLOCK,), tl.int32), mask=held)
+                tl.store(at, tl.full((BLOCK,), -1, tl.int32), mask=held)
+
+
+def forget_pages(
+    page_table: Tensor, query_start: Tensor, lengths: Tensor, max_query: int, slots: Slots, page_size: int,
+    per_page: int,
+) -> None:  # fmt: skip
+    """See :func:`slipstream.kernels.reference_residency.forget_pages`. Reads nothing back to the host."""
+    layers, num_kv, num_keys = slots.slot_of.shape
+    requests, rows = lengths.shape[0], layers * num_kv
+    if not requests or not max_query:
+        return
+    block = min(128, power_of_two(rows))
+    grid = ((max_query - 1) // page_size + 1 + (max_query > 1), triton.cdiv(rows, block), requests)
+    _forget_kernel[grid](
+        page_table, query_start, lengths, *slots, page_table.stride(0), num_keys, slots.used.shape[2], rows,
+        PAGE=page_size, PER_PAGE=per_page, BLOCK=block, **launch_options(lengths, num_warps=4),
+    )  # fmt: skip
+
+
+@triton.jit
+def _rows_kernel(
+    table_ptr,
+    seats_ptr,
+    lengths_ptr,
+    slot_of_ptr,
+    out_ptr,
+    table_stride,
+    num_keys,
+    num_slots,
+    first,
+    width,
+    PER_PAGE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles of a row, Hk, B)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    head, request = tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths_ptr + request)
+    seat = tl.load(seats_ptr + request)
+    blocks = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tail = tl.maximum(length - 1, 0) // (SIZE * PER_PAGE) * PER_PAGE
+    keys = _keys(tl.where(blocks < width, blocks, -1), tail, table_ptr + request.to(tl.int64) * table_stride, PER_PAGE)
+    slot = _slots(keys, slot_of_ptr + head.to(tl.int64) * num_keys)
+    rows = tl.where(slot >= 0, first + head * num_slots + slot, 0)
+    own = (seat * tl.num_programs(1) + head) * PER_PAGE + blocks - tail
+    rows = tl.where((blocks >= tail) & (blocks * SIZE < length), own.to(tl.int32), rows)
+    out = (request.to(tl.int64) * tl.num_programs(1) + head) * width + blocks
+    tl.store(out_ptr + out, rows, mask=blocks < width)
+
+
+def block_rows(
+    page_table: Tensor, seats: Tensor, lengths: Tensor, slot_of: Tensor, num_slots: int, first: int, block_size: int,
+    per_page: int,
+) -> Tensor:  # fmt: skip
+    """See :func:`slipstream.kernels.reference_residency.block_rows`. Reads nothing back to the host."""
+    requests, (num_kv, num_keys) = page_table.shape[0], slot_of.shape
+    width = page_table.shape[1] * per_page
+    out = page_table.new_empty((requests * num_kv, width))
+    if requests:
+        block = min(512, power_of_two(width))
+        _rows_kernel[(triton.cdiv(width, block), num_kv, requests)](
+            page_table, seats, lengths, slot_of, out, page_table.stride(0), num_keys, num_slots, first, width,
+            PER_PAGE=per_page, SIZE=block_size, BLOCK=block, **launch_options(page_table, num_warps=4),
+        )  # fmt: skip
+    return out

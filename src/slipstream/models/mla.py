@@ -1,0 +1,111 @@
+"""Latent attention (MLA, DeepSeek-V2, arXiv 2405.04434) in its absorbed form, and the layer around it.
+
+Keys and values of all heads are projections of one latent per token. Those projections are moved to the query's side
+and to the output's: queries of ``kv_lora + rope`` dimensions meet the cached rows, and what comes back is a weighted
+sum of latents. So a backend sees one KV head of that width, many query heads, and values that are columns of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from slipstream.attention.backend import AttentionBackend
+from slipstream.kernels import ops
+from slipstream.models.config import DecoderConfig
+from slipstream.models.latent_config import LORA_NORM_EPS, Latent
+from slipstream.models.linear import Linear
+from slipstream.models.moe import GatedMlp, Mixture
+
+
+class LatentAttention:
+    """Attention of one layer. weights: those of ``models.parameters.LATENT_ATTENTION`` and one of the two queries."""
+
+    __slots__ = ("index", "latent", "q_kv", "q_norm", "q_up", "kv_norm", "key_up", "value_up", "output", "num_heads")
+
+    def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
+        assert config.latent is not None, "a config without latent attention"
+        self.index, self.num_heads, self.latent = index, config.num_heads, config.latent
+        if self.latent.interleaved:
+            _halve_pairs(weights, self.num_heads, self.latent)
+        self.q_kv = Linear(weights["q_kv"])
+        self.q_norm = weights.get("q_norm")
+        self.q_up = Linear(weights["q_up"]) if self.q_norm is not None else None
+        self.kv_norm = weights["kv_norm"]
+        up = weights["kv_up"].view(self.num_heads, -1, self.latent.kv_lora)
+        self.key_up = up[:, : self.latent.nope]  # [Hq, nope, kv_lora]
+        self.value_up = up[:, self.latent.nope :].transpose(1, 2)  # [Hq, kv_lora, value]
+        self.output = Linear(weights["output"])
+
+    def __call__(
+        self, normed: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """normed: [T, H] -> [T, H]."""
+        k_pages, _, slots = backend.view(self.index)
+        width = self.latent.kv_lora
+        heads, latent = self.q_kv(normed).tensor_split([-self.latent.row], dim=1)
+        if self.q_up is not None:
+            assert self.q_norm is not None
+            heads = self.q_up(ops.rms_norm(heads, self.q_norm, LORA_NORM_EPS))
+        heads = heads.unflatten(1, (self.num_heads, -1))
+        q = ops.mla_rope_store(heads, latent, self.kv_norm, LORA_NORM_EPS, cos_sin, positions, slots, k_pages)
+        nope = heads[..., : self.latent.nope].transpose(0, 1)
+        torch.bmm(nope, self.key_up, out=q[..., :width].transpose(0, 1))
+        attended = backend.attend(self.index, q)
+        values = torch.empty((len(q), self.num_heads, self.latent.value), dtype=q.dtype, device=q.device)
+        torch.bmm(attended.transpose(0, 1), self.value_up, out=values.transpose(0, 1))
+        return self.output(values.flatten(1))
+
+
+class LatentLayer:
+    """What :class:`slipstream.models.layers.DecoderLayer` is to the other families; its MLP may be a mixture."""
+
+    __slots__ = ("index", "eps", "input_norm", "attention", "mlp_norm", "mlp")
+
+    def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
+        self.index, self.eps = index, config.norm_eps
+        self.input_norm = weights["input_norm"]
+        self.attention = LatentAttention(index, config, weights)
+        self.mlp_norm = weights["mlp_norm"]
+        self.mlp: GatedMlp | Mixture
+        if "router" in weights:
+            assert config.experts is not None, "a router without experts"
+            self.mlp = Mixture(config.experts, weights)
+        else:
+            self.mlp = GatedMlp(weights)
+
+    @property
+    def output(self) -> Linear:
+        return self.attention.output
+
+    @property
+    def down(self) -> Linear:
+        """The last projection that every token passes through."""
+        return self.mlp.down
+
+    def forward(
+        self,
+        normed: torch.Tensor,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        backend: AttentionBackend,
+        next_norm: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """normed, residual: [T, H]; returns the same pair for the next layer, normed by ``next_norm`` [H]."""
+        mixed = self.attention(normed, positions, cos_sin, backend)
+        normed, residual = ops.add_rms_norm(mixed, residual, self.mlp_norm, self.eps)
+        backend.foresee(self.index, residual)
+        return ops.add_rms_norm(self.mlp(normed), residual, next_norm, self.eps)
+
+
+def _halve_pairs(weights: Mapping[str, torch.Tensor], num_heads: int, latent: Latent) -> None:
+    """Reorders the rows that make rotary dimensions, once, so that pairs (2i, 2i + 1) become (i, i + R / 2).
+
+    Queries and keys alike, so no product of theirs changes, and RoPE is that of every other family.
+    """
+    q_rows = weights["q_up"] if "q_up" in weights else weights["q_kv"][: -latent.row]
+    rotary = q_rows.view(num_heads, latent.nope + latent.rope, -1)[:, latent.nope :]
+    for rows in (rotary, weights["q_kv"][None, -latent.rope :]):
+        rows.copy_(torch.cat((rows[:, 0::2], rows[:, 1::2]), dim=1))

@@ -1,0 +1,130 @@
+"""Every method by name on a tiny model with latent attention and experts: the same equalities as with GQA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slipstream import SamplingParams
+
+TINY_MLA = {
+    "model_type": "glm4_moe_lite",
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "rope_theta": 1000.0,
+    "eos_token_id": 63,
+}
+PROMPTS = [[(7 * i + j) % 60 for i in range(n)] for j, n in enumerate((41, 3, 90, 64))]
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=1)
+SMALL = {"sink": 2, "recent": 8, "min_context": 0}
+BLOCKS = {"block": 4, "block_score": "minmax"}
+
+
+def methods(budget: int) -> dict[str, dict]:
+    return {
+        "window": {"method": "window", "budget": budget, **SMALL},
+        "oracle": {"method": "oracle", "budget": budget, **SMALL},
+        "oracle peak": {"method": "oracle", "budget": budget, "aggregate": "peak", **SMALL},
+        "quest": {"method": "quest", "budget": budget, "dense_layers": 0, **BLOCKS, **SMALL},
+        "double_sparsity": {"method": "double_sparsity", "budget": budget, "dense_layers": 1, **SMALL},
+        "two_level": {"method": "two_level", "budget": budget, "blocks": budget // 2, **BLOCKS, **SMALL},
+        "two_level sum": {
+            "method": "two_level", "budget": budget, "blocks": budget // 2, "aggregate": "sum", "channels": 12,
+            "block": 8, "block_score": "minmax4x16", **SMALL,
+        },
+        "tova": {"method": "tova", "budget": budget},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def mla(tiny):
+    return lambda **options: tiny(TINY_MLA, **({"page_size": 16, "max_num_seqs": 4} | options))
+
+
+def answers(llm, params=GREEDY):
+    return [chain for output in llm.generate(PROMPTS, params) for chain in output.outputs]
+
+
+def assert_same(found, expected):
+    assert [chain.token_ids for chain in found] == [chain.token_ids for chain in expected]
+    for one, other in zip(found, expected, strict=True):
+        ours, theirs = (
+            [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)] for c in (one, other)
+        )
+        assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", methods(256))
+def test_a_budget_of_the_context_is_full_attention(mla, name):
+    assert_same(answers(mla(attention=methods(256)[name])), answers(mla()))
+
+
+@pytest.mark.parametrize("name", methods(32))
+def test_a_small_budget_is_used(mla, name):
+    llm = mla(attention=methods(32)[name])
+    found = answers(llm)
+    stats = llm.stats()
+    if name == "tova":
+        assert stats["tova_evicted_tokens"] > 0
+    else:
+        assert stats["sparse_rows"] > 100 and stats["density"] < 0.9
+    assert len({tuple(chain.token_ids) for chain in found}) == len(PROMPTS)
+    assert [c.token_ids for c in found] != [c.token_ids for c in answers(mla())], "nothing was left out"
+
+
+@pytest.mark.parametrize("name", ["full", "two_level", "tova"])
+def test_a_chain_does_not_depend_on_its_batch_or_its_pages(mla, name):
+    """Alone, in a batch that is preempted, and from a cached prefix."""
+    attention = methods(32).get(name, "full")
+    if name == "two_level":  # online calibration depends on which prompt came first
+        attention |= {"channels": 32}
+    llm = mla(attention=attention)
+    together = answers(llm)
+    alone = [llm.generate([prompt], GREEDY)[0].outputs[0] for prompt in PROMPTS]
+    assert_same(alone, together)
+    if name == "full":  # elsewhere a preempted chain's tokens are computed anew densely
+        tight = mla(attention=attention, kv_memory=13 * llm.memory.page_bytes)
+        assert_same(answers(tight), together)
+        assert tight.stats()["preemptions"] > 0
+
+
+def test_forks_share_a_latent_cache(mla):
+    params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=20, ignore_eos=True)
+    llm = mla(attention=methods(256)["two_level"])
+    assert [c.token_ids for c in answers(llm, params)] == [c.token_ids for c in answers(mla(), params)]
+
+
+def test_the_memory_plan_counts_one_row_and_two_groups_of_labels(mla):
+    llm = mla(attention={"method": "double_sparsity", "budget": 32, **SMALL})
+    row, pages = 32 * 4, llm.pool.num_pages
+    assert llm.pool.bytes == 3 * pages * 16 * row == pages * 16 * llm.spec.kv_bytes_per_token()
+    assert llm.stats()["index_bytes"] == 3 * pages * 16 * (8 // 2 + 2 * 4)
+    assert llm.memory.page_bytes == 16 * 3 * (row + 8 // 2 + 8)
+
+
+def test_latent_and_rotary_channels_are_scaled_apart(mla):
+    llm = mla(attention={"method": "double_sparsity", "budget": 32, "channels": 32, **SMALL})
+    llm.generate([PROMPTS[0]], GREEDY)
+    index, keys = llm.engine.backend.index, llm.pool.k[1, 1, 0]
+    channels, labels, scales = index.labels(1)
+    assert torch.equal(channels[0] >> 16, (torch.arange(32) >= 24).int())
+    codes = torch.cat((labels[1, 0] & 15, labels[1, 0] >> 4), dim=-1).float()
+    step, zero = scales[1, 0].float().unflatten(-1, (2, 2)).unbind(-1)
+    for group, part in enumerate((slice(0, 24), slice(24, 32))):
+        found = codes[:, part] * step[:, group : group + 1] + zero[:, group : group + 1]
+        assert (found - keys[:, part]).abs().max() <= 0.51 * step[:, group].max() + 1e-3
