@@ -59,8 +59,8 @@ def tiny():
     """Makes models of two layers and 64 tokens with random weights and no tokenizer; ``tiny(**options)``."""
     made = []
 
-    def make(**options):
-        made.append(load(TINY, **({"load_format": "dummy", "kv_memory": "1MiB"} | options)))
+    def make(config=TINY, **options):
+        made.append(load(config, **({"load_format": "dummy", "kv_memory": "1MiB"} | options)))
         return made[-1]
 
     yield make

@@ -119,6 +119,8 @@ def test_what_cannot_be_is_skipped_with_its_reason():
     ({"method": "quest"}, 2048 // 16 * 2 * 128),
     ({"method": "two_level", "blocks": 16, "block_score": "mean"}, 2048 // 64 * 128 + 1024 * 20),
     ({"method": "two_level", "blocks": 64, "block_score": "minmax4x16"}, 2048 // 64 * 8 * 128 + 2048 * 20),
+    ({"method": "asyncspade", "blocks": 16, "block_score": "mean"}, 2048 // 64 * 128 + 1024 * 20),
+    ({"method": "asyncspade", "scoring": "keys", "aggregate": "sum"}, 2048 * 128),
 ])  # fmt: skip
 def test_index_bytes(attention, expected):
     assert index_bytes(parse_attention(attention), 2048, SPEC) == expected

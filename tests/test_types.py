@@ -65,3 +65,11 @@ def test_batch_knows_its_longest_query():
     none = torch.zeros(0)
     batch = Batch(*[none] * 8, [9, 4, 7], [0, 2, 3, 8], [[1], [2], [3]], num_decodes=0)
     assert batch.max_query == 5 and batch.num_requests == 3 and not batch.is_decode
+
+
+def test_a_latent_cache_has_one_row_a_token():
+    shape = {"num_layers": 3, "hidden_size": 8, "num_heads": 20, "num_kv_heads": 1, "vocab_size": 9, "max_position": 9}
+    plain = ModelSpec(architecture="a", head_dim=576, dtype=torch.bfloat16, **shape)
+    latent = dataclasses.replace(plain, value_dim=512, softmax_scale=1 / 16)
+    assert plain.kv_bytes_per_token() == 2 * latent.kv_bytes_per_token() == 2 * 3 * 1152
+    assert plain.scale == 576**-0.5 and latent.scale == 1 / 16

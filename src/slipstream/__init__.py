@@ -1,5 +1,7 @@
 """Slipstream: decode long chains of thought fast, without losing answers."""
 
+from slipstream.asyncspade.config import AsyncSpade
+from slipstream.asynctls.config import AsyncTLS
 from slipstream.attention.calibration import Calibration, calibrate
 from slipstream.attention.dense import Full
 from slipstream.atts.config import ATTS
@@ -24,6 +26,8 @@ from slipstream.types import (
 __version__ = "0.1.0"
 __all__ = [
     "ATTS",
+    "AsyncSpade",
+    "AsyncTLS",
     "LLM",
     "Calibration",
     "Completion",

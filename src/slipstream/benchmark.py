@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from slipstream.build import method_of, parse_attention
 from slipstream.engine.request import Request
 from slipstream.llm import LLM
 from slipstream.selection.selector import Budgeted
+from slipstream.selection.two_level import TwoLevel
 from slipstream.types import SamplingParams
 
 CROSSOVER_RATIO = 1.12  # how close a bisection comes
@@ -52,6 +54,29 @@ def decode_times(
     prompts: at least ``batch`` of ``context`` tokens, cut to what is needed; by default random ones. Every step decodes
     all chains: this is asserted. The requests are cancelled at the end and their pages freed.
     """
+    engine, before = llm.engine, llm.engine.stats()
+    times, host = [], []
+    with decoding(llm, batch, context, steps, seed=seed, warmup=warmup, prompts=prompts) as prefill_s:
+        last = time.perf_counter()
+        for _ in range(steps):
+            news = engine.step()
+            now = time.perf_counter()
+            assert sum(event.delta is not None for event in news) == batch, "a chain did not decode in a timed step"
+            times.append(now - last)
+            host.append(engine.stats()["host_ms_last"])
+            last = now
+    return DecodeTimes(times, host, prefill_s, int(engine.stats()["graph_replays"] - before["graph_replays"]))
+
+
+@contextmanager
+def decoding(
+    llm: LLM, batch: int, context: int, steps: int, *, seed: int = 0, warmup: int = 8,
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> Iterator[float]:  # fmt: skip
+    """``batch`` chains of which the next ``steps`` engine steps decode a token each; the prefill's seconds.
+
+    They have ``context`` tokens of KV in the first of these steps. At the end they are cancelled and their pages freed.
+    """
     engine = llm.engine
     # one token comes from the prefill, `warmup` steps follow untimed
     prompt_length = max(1, context - warmup - 1)
@@ -61,7 +86,6 @@ def decode_times(
     if prompts is None:
         prompts = random_prompts(llm.spec.vocab_size, batch, prompt_length, seed)
     requests = [Request(prompt[:prompt_length], params) for prompt in prompts[:batch]]
-    before = engine.stats()
     start = time.perf_counter()
     try:
         for request in requests:
@@ -72,21 +96,12 @@ def decode_times(
         prefill_s = time.perf_counter() - start
         for _ in range(warmup):
             engine.step()
-        times, host = [], []
-        last = time.perf_counter()
-        for _ in range(steps):
-            news = engine.step()
-            now = time.perf_counter()
-            assert sum(event.delta is not None for event in news) == batch, "a chain did not decode in a timed step"
-            times.append(now - last)
-            host.append(engine.stats()["host_ms_last"])
-            last = now
+        yield prefill_s
     finally:
         for request in requests:
             engine.cancel(request.request_id)
         while engine.has_work():
             engine.step()
-    return DecodeTimes(times, host, prefill_s, int(engine.stats()["graph_replays"] - before["graph_replays"]))
 
 
 def decode_grid(llm: LLM, batches: Sequence[int], contexts: Sequence[int], steps: int) -> list[dict[str, Any]]:
@@ -98,8 +113,8 @@ def decode_grid(llm: LLM, batches: Sequence[int], contexts: Sequence[int], steps
                 raise ValueError(
                     f"context {context} and {steps} steps do not fit max_model_len {llm.spec.max_position}"
                 )
-            if batch > llm.options.max_num_seqs:
-                raise ValueError(f"batch {batch} exceeds max_num_seqs {llm.options.max_num_seqs}")
+            if batch > llm.engine.config.max_num_seqs:  # with KV on the host, what the device has room for
+                raise ValueError(f"batch {batch} exceeds max_num_seqs {llm.engine.config.max_num_seqs}")
             if batch * (context + steps + 2 * llm.options.page_size) > llm.memory.num_tokens:
                 raise ValueError(f"batch {batch} x context {context} does not fit the KV cache: {llm.memory}")
             found = decode_times(llm, batch, context, steps)
@@ -115,6 +130,46 @@ def decode_grid(llm: LLM, batches: Sequence[int], contexts: Sequence[int], steps
                     "prefill_s": found.prefill_s,
                 }
             )
+    return rows
+
+
+def offload_rows(
+    make: Callable[[str | dict[str, Any]], LLM], options: Mapping[str, Any], batch: int, context: int, steps: int
+) -> list[dict[str, Any]]:
+    """Full attention, two_level, and asynctls with KV on the host: at one batch, and the last at its largest.
+
+    make: an ``LLM`` with this attention. options: of asynctls. Per step: blocks that were missing, MiB to the device.
+    """
+    both = {name: value for name, value in options.items() if name in {f.name for f in fields(TwoLevel)}}
+    arms: dict[str, str | dict[str, Any]] = {
+        "full": "full", "two_level": {"method": "two_level", **both},
+        "asynctls": {"method": "asynctls", **options, "offload": True},
+    }  # fmt: skip
+    rows = []
+    for name, attention in arms.items():
+        llm = make(attention)
+        tokens = context + steps + 2 * llm.memory.page_size
+        most = min(llm.engine.config.max_num_seqs, llm.memory.num_tokens // tokens)
+        for size in dict.fromkeys((batch, most) if name == "asynctls" else (batch,)):
+            if not 0 < size <= most:
+                rows.append({"method": name, "batch": size, "context": context, "note": f"only {most} fit"})
+                continue
+            before = llm.stats()
+            times = decode_times(llm, size, context, steps)
+            after = llm.stats()
+            counts = {key: after[key] - before[key] for key in after if key.startswith(("asynctls_", "sparse_steps"))}
+            assert name == "full" or counts["sparse_steps"] >= steps, f"{name} was not sparse: lower --min-context"
+            row = {
+                "method": name, "batch": size, "context": context, "tpot_ms": times.tpot_ms,
+                "tokens_per_s": 1e3 * size / times.tpot_ms, "prefill_s": times.prefill_s,
+            }  # fmt: skip
+            if name == "asynctls":
+                row["turnover"] = after["asynctls_turnover"]
+                row["misses_per_step"] = counts["asynctls_misses"] / counts["sparse_steps"]
+                row["mib_in"], row["mib_out"] = (counts[f"asynctls_bytes_{way}"] / 2**20 for way in ("in", "out"))
+                row["exposed_s"] = counts["asynctls_exposed_s"]
+            rows.append(row)
+        llm.close()
     return rows
 
 

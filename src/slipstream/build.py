@@ -15,16 +15,27 @@ from typing import Any
 
 import torch
 
+from slipstream.asyncspade import placement
+from slipstream.asyncspade.backend import AsyncSpadeBackend
+from slipstream.asyncspade.config import AsyncSpade
+from slipstream.asyncspade.foresight import ForesightBackend
+from slipstream.asyncspade.mlp import QueryMLP
+from slipstream.asyncspade.predictor import Predictor
+from slipstream.asyncspade.two_devices import TwoDeviceBackend
+from slipstream.asynctls.assembly import assemble, check_offload
+from slipstream.asynctls.config import AsyncTLS, plan_offload
+from slipstream.asynctls.offload import HostPool, Stage
 from slipstream.attention import crossover
 from slipstream.attention.backend import AttentionBackend
 from slipstream.attention.calibration import FILE_NAME, Calibration, ModelIdentity
 from slipstream.attention.dense import DenseBackend, Full
 from slipstream.attention.flashinfer import FlashInferBackend, flashinfer_supports
+from slipstream.attention.flashinfer_latent import FlashInferLatentBackend, flashinfer_supports_latent
 from slipstream.attention.sparse import SparseBackend
 from slipstream.attention.tova import TovaBackend
 from slipstream.engine.engine import Engine, EngineConfig
 from slipstream.kvcache.index import KeyIndex
-from slipstream.kvcache.plan import MemoryPlan, parse_bytes, plan_memory
+from slipstream.kvcache.plan import MemoryPlan, device_bytes, parse_bytes, plan_memory
 from slipstream.kvcache.pool import KVPool
 from slipstream.models.checkpoint import locate
 from slipstream.models.decoder import CausalLM
@@ -50,6 +61,8 @@ ATTENTION: dict[str, type[Attention]] = {
     "double_sparsity": DoubleSparsity,
     "tova": Tova,
     "two_level": TwoLevel,
+    "asyncspade": AsyncSpade,
+    "asynctls": AsyncTLS,
 }
 DENSE_KERNELS = ("auto", "flashinfer", "triton", "reference")
 
@@ -65,8 +78,8 @@ class Options:
 
     attention: str | dict[str, Any] | Attention = _option(
         "full",
-        "'full', 'window', 'oracle', 'quest', 'double_sparsity', 'tova' or 'two_level'; in Python also a dict with "
-        "'method' and options, or a config such as TwoLevel(budget=512)",
+        "'full', 'window', 'oracle', 'quest', 'double_sparsity', 'tova', 'two_level', 'asyncspade' or 'asynctls'; in "
+        "Python also a dict with 'method' and options, or a config such as TwoLevel(budget=512)",
     )
     device: str | None = _option(None, "'cuda', 'cuda:1', 'cpu'; default: a GPU where there is one")
     dtype: str = _option("auto", "'auto' (the config's on a GPU, float32 on CPU), 'float32', 'bfloat16'")
@@ -177,23 +190,34 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         raise ValueError("kernels='reference' looks at the host inside a step and is for device='cpu' only")
 
 
-def dense_backend(kernels: str, pool: KVPool, spec: ModelSpec, device: torch.device) -> AttentionBackend:
+def dense_backend(kernels: str, pool: Any, spec: ModelSpec, device: torch.device) -> AttentionBackend:
     """FlashInfer where installed and fit for the shape, else our kernels."""
     if device.type == "cpu":
         return DenseBackend(pool, spec)
-    installed = find_spec("flashinfer") is not None
-    reason = flashinfer_supports(spec) if installed else "FlashInfer is not installed"
+    kind = FlashInferBackend if spec.value_dim is None else FlashInferLatentBackend
+    supports = flashinfer_supports if spec.value_dim is None else flashinfer_supports_latent
+    reason = supports(spec) if find_spec("flashinfer") is not None else "FlashInfer is not installed"
     if kernels == "flashinfer" and reason:
         raise ValueError(f"kernels='flashinfer' cannot be used: {reason}")
     if kernels == "triton" or reason:
         return DenseBackend(pool, spec)
-    return FlashInferBackend(pool, spec)
+    return kind(pool, spec)
 
 
 def make_backend(
-    config: Attention, dense: AttentionBackend, pool: KVPool, spec: ModelSpec, num_seats: int, calibration: Calibration
+    config: Attention,
+    dense: AttentionBackend,
+    pool: KVPool,
+    spec: ModelSpec,
+    num_seats: int,
+    calibration: Calibration,
+    network: CausalLM,
+    stage: Stage | None = None,
 ) -> AttentionBackend:
-    """The method of ``config``, over ``dense`` where it is dense. A calibration without tokens is made on the way."""
+    """The method of ``config``, over ``dense`` where it is dense. A calibration without tokens is made on the way.
+
+    network: whose RoPE table, and whose projections, predictions are made with. stage: where prompts are attended, if KV is on the host.
+    """
     if isinstance(config, Tova):
         return TovaBackend(pool, spec, dense, config, num_seats)
     if isinstance(config, Full):
@@ -204,6 +228,25 @@ def make_backend(
         index = KeyIndex(pool, parts, calibration.channels(parts.num_channels) if known else None)
         online = calibration if parts.num_channels and not known else None
     at = crossover.gate(pool.device, spec, method_of(config), config.budget, config.min_context)
+    if isinstance(config, AsyncSpade) and config.cache_rank is not None:
+        return placement.reach_rank(config, pool, spec, dense, at, num_seats, calibration, network.cos_sin)
+    if isinstance(config, AsyncSpade) and config.cache_device is not None:
+        choose_device(config.cache_device)
+        return TwoDeviceBackend(pool, spec, config, dense, at, num_seats, network.cos_sin, calibration)
+    if isinstance(config, AsyncSpade) and config.predictor == "residual":
+        return ForesightBackend(pool, spec, index, config, dense, at, network.foresight(), online)
+    if isinstance(config, AsyncSpade):
+        path, mlp = config.predictor_file, None
+        if path is not None:
+            mlp = QueryMLP.load(path, calibration.identity, config.rotate, pool.device)
+        predictor = Predictor(config, spec, num_seats, network.cos_sin, pool.device, mlp)
+        return AsyncSpadeBackend(pool, spec, index, config, dense, at, num_seats, predictor, online)
+    if isinstance(config, AsyncTLS):
+        assert index is not None
+        guess = Predictor(config, spec, num_seats, network.cos_sin, pool.device) if config.candidates == "predicted" else None
+        return assemble(
+            config, pool, spec, index, dense, at, num_seats, stage=stage, online=online, predictor=guess
+        )
     selector = config.selector(pool, spec, index)
     return SparseBackend(pool, spec, index, selector, dense, at, config.dense_layers, config.unread, online)
 
@@ -234,7 +277,29 @@ def extra_bytes(config: Attention, spec: ModelSpec, num_seats: int) -> tuple[int
     if isinstance(config, Full):
         return 0, 0
     config.check_model(spec)
-    return (0 if config.index is None else config.index.bytes_per_token(spec)), 0
+    seats = placement.seat_bytes(config, spec) * (num_seats + 1) if isinstance(config, AsyncSpade) else 0
+    return (0 if config.index is None else config.index.bytes_per_token(spec)), seats
+
+
+def place_on_host(
+    config: AsyncTLS, spec: ModelSpec, chosen: Options, device: torch.device
+) -> tuple[MemoryPlan, HostPool, Stage, int]:
+    """Pages on the host, a stage on the device, and how many chains the device has room for."""
+    check_offload(config, device, chosen.cuda_graphs)
+    asked = config.gpu_kv if config.gpu_kv is not None else chosen.kv_memory
+    free = device_bytes(device, activation_bytes(spec, chosen.max_batch_tokens))
+    room = free if asked is None else parse_bytes(asked)
+    if device.type == "cuda" and room > free:
+        raise ValueError(f"gpu_kv = {asked!r}, but {device} has only {max(free, 0):,} bytes for it: lower gpu_kv")
+    plan = plan_offload(
+        config, spec, page_size=chosen.page_size, max_num_seqs=chosen.max_num_seqs, max_model_len=spec.max_position,
+        device_bytes=room,
+        more_seat_bytes=Predictor.seat_bytes(config, spec) if config.candidates == "predicted" else 0,
+    )  # fmt: skip
+    config.check_seats(plan.num_seats)
+    memory = MemoryPlan(plan.num_pages, chosen.page_size, plan.host_bytes // plan.num_pages, plan.device_bytes)
+    pool = HostPool(spec, plan.num_pages, chosen.page_size, device, config.host_file)
+    return memory, pool, Stage(spec, plan.stage_pages, chosen.page_size, plan.num_seats, device), plan.num_seats
 
 
 def build(model: Any, chosen: Options) -> Parts:
@@ -255,39 +320,47 @@ def build(model: Any, chosen: Options) -> Parts:
         max_model_len=chosen.max_model_len,
         seed=chosen.seed,
     )
+    if isinstance(config, Budgeted):
+        config = config.for_model(spec)
     name = str(model) if isinstance(model, (str, Path)) else spec.architecture
     identity = identify(network, spec, name)
     calibration = find_calibration(config, source, identity, device)
     per_token, fixed = extra_bytes(config, spec, chosen.max_num_seqs)
     codec = Codec.load(source) if isinstance(source, Path) else None
+    pool: KVPool
+    num_seats, stage = chosen.max_num_seqs, None
+    if isinstance(config, AsyncTLS) and config.offload:
+        memory, pool, stage, num_seats = place_on_host(config, spec, chosen, device)
+    else:
+        memory = plan_memory(
+            spec,
+            page_size=chosen.page_size,
+            kv_memory=chosen.kv_memory,
+            device=device,
+            reserve_bytes=activation_bytes(spec, chosen.max_batch_tokens),
+            extra_bytes_per_token=per_token,
+            fixed_bytes=fixed,
+        )
+        pool = KVPool(
+            spec.num_layers,
+            memory.num_pages,
+            spec.num_kv_heads,
+            memory.page_size,
+            spec.head_dim,
+            dtype=spec.dtype,
+            device=device,
+            value_dim=spec.value_dim,
+        )
     engine_config = EngineConfig(
-        max_num_seqs=chosen.max_num_seqs,
+        max_num_seqs=num_seats,
         max_batch_tokens=chosen.max_batch_tokens,
         overlap=device.type == "cuda" if chosen.overlap is None else chosen.overlap,
         cuda_graphs=chosen.cuda_graphs,
         prefix_cache=chosen.prefix_cache,
         seed=chosen.seed,
     )
-    memory = plan_memory(
-        spec,
-        page_size=chosen.page_size,
-        kv_memory=chosen.kv_memory,
-        device=device,
-        reserve_bytes=activation_bytes(spec, chosen.max_batch_tokens),
-        extra_bytes_per_token=per_token,
-        fixed_bytes=fixed,
-    )
-    pool = KVPool(
-        spec.num_layers,
-        memory.num_pages,
-        spec.num_kv_heads,
-        memory.page_size,
-        spec.head_dim,
-        dtype=spec.dtype,
-        device=device,
-    )
-    dense = dense_backend(chosen.kernels, pool, spec, device)
-    backend = make_backend(config, dense, pool, spec, chosen.max_num_seqs, calibration)
+    dense = dense_backend(chosen.kernels, pool if stage is None else stage, spec, device)
+    backend = make_backend(config, dense, pool, spec, num_seats, calibration, network, stage)
     engine = Engine(network, spec, pool, backend, engine_config)
     return Parts(network, spec, memory, pool, backend, engine, codec, name, identity)
 

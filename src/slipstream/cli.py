@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.markup import escape
 
-from slipstream import cli_scale, cli_serve, cli_sparse
+from slipstream import cli_asyncspade, cli_cache_rank, cli_scale, cli_serve, cli_sparse
 from slipstream.build import ATTENTION, DEFAULT_MODEL, Options, embedded_models, parse_attention
 from slipstream.console import (
     Model,
@@ -43,7 +43,7 @@ def _attention_flags() -> dict[str, inspect.Parameter]:
         kinds = get_type_hints(config)
         for option in fields(config):
             flag = typer.Option(help=option.metadata["help"], rich_help_panel="Attention")
-            kind: Any = kinds[option.name] | None
+            kind: Any = str | None if str in get_args(kinds[option.name]) else kinds[option.name] | None
             parameter = inspect.Parameter(
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, flag]
             )
@@ -251,7 +251,12 @@ def bench_decode(
 app.command()(engine_options(cli_sparse.compare))
 app.command()(cli_sparse.calibrate)
 bench.command("crossover")(engine_options(cli_sparse.crossover))
+bench.command("offload")(engine_options(cli_sparse.offload))
 app.command()(engine_options(cli_serve.serve))
+app.command("compare-predictors")(cli_asyncspade.compare_predictors)
+app.command("train-predictor")(cli_asyncspade.train_predictor)
+app.command("trace")(engine_options(cli_asyncspade.trace))
+app.command("cache-rank")(cli_cache_rank.cache_rank)
 bench.command("serve")(cli_serve.bench_serve)
 app.add_typer(cli_scale.app, name="scale")
 

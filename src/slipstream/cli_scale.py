@@ -36,7 +36,8 @@ app = typer.Typer(cls=_RunByDefault, help="Test-time scaling: a draft thinks, a 
 
 def _atts_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add one flag per field of ``ATTS`` to a command that takes ``config: dict`` as its last parameter."""
-    kinds = {"int": int, "float": float, "bool": bool, "int | None": int | None, "float | None": float | None}
+    kinds: dict[str, Any] = {"int": int, "float": float, "bool": bool}
+    kinds |= {f"{name} | None": kind | None for name, kind in kinds.items()}
     own = inspect.signature(command, eval_str=True)
     parameters = [p for name, p in own.parameters.items() if name != "config"]
     for option in fields(ATTS):
@@ -133,6 +134,10 @@ def _show(result: dict[str, Any]) -> None:
         f"alpha {found['alpha']:.4f}; worst window of {found['window']}: {worst}, guaranteed: {bound}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if result.get("untested"):
+        what = ", ".join(f"{count} {policy}" for policy, count in result["untested"].items())
+        err.print(f"[yellow]outside the certificate:[/yellow] turns whose score failed: {what}; with them "
+                  f"{result['rate_with_untested']:.4f} of the turns were to be taken over", soft_wrap=True)  # fmt: skip
     for name in ("turns", "questions"):
         rates = sorted(group["rate"] for group in found[name].values())
         if rates:

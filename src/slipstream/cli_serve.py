@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 
-from slipstream.build import DEFAULT_MODEL
+from slipstream.atts.config import ATTS
+from slipstream.build import DEFAULT_MODEL, embedded_models
 from slipstream.console import load, write_result
 from slipstream.server.config import ServerConfig
 
@@ -44,14 +46,41 @@ def serve(
     engine: dict[str, Any],
     server: dict[str, Any],
     model: Annotated[str, typer.Argument(help="Embedded model, directory or hub id.")] = DEFAULT_MODEL,
+    draft: Annotated[
+        str | None, typer.Option(help="Second model (or http address): chats may then ask for scaling.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Share of the draft's turns that MODEL takes over, by default.")] = 0.3,
 ) -> None:
     """Serve MODEL over HTTP in OpenAI's words, with a live page at /."""
     config = ServerConfig(**server)
     _require("fastapi", "uvicorn", "prometheus_client")
     from slipstream.server import app
 
+    # what the embedded models were trained to write
+    answers = "tagged" if {model, draft or model} <= embedded_models().keys() else "boxed"
+    defaults = ATTS(alpha=alpha, answers=answers)
     sock = app.bind(config)
-    app.serve(load(model, engine), config, sock)
+    app.cap_caches()
+    if draft is None:
+        app.serve(load(model, engine), config, sock)
+        return
+    from slipstream.server.scaled import Scaler
+
+    first = draft if "://" in draft else load(draft, _beside(engine))
+    target = load(model, engine)
+    try:
+        app.serve(target, config, sock, Scaler(first, target, defaults, config.max_n))
+    finally:
+        if not isinstance(first, str):
+            first.close()
+
+
+def _beside(engine: dict[str, Any]) -> dict[str, Any]:
+    """The options of a draft: dense, on a GPU with a fifth of what is free for its KV; the target takes the rest."""
+    own = engine | {"attention": "full"}
+    if engine.get("kv_memory") is None and torch.cuda.is_available() and engine.get("device") != "cpu":
+        own["kv_memory"] = int(0.2 * torch.cuda.mem_get_info()[0])
+    return own
 
 
 def bench_serve(

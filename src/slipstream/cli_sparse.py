@@ -142,6 +142,28 @@ def generated_texts(llm: Any, count: int) -> list[list[int]]:
     return texts
 
 
+def offload(
+    engine: dict[str, Any],
+    model: Model = DEFAULT_MODEL,
+    batch: Annotated[int, typer.Option(min=1, help="Chains decoded together, of every method.")] = 4,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each chain.")] = 2048,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps timed.")] = 64,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+) -> None:
+    """What does KV on the host cost, and how many chains more does it allow? Options are those of asynctls."""
+    from slipstream.benchmark import offload_rows
+
+    given = engine.pop("attention")
+    options = {name: value for name, value in given.items() if name != "method"} if isinstance(given, dict) else {}
+    method = given["method"] if isinstance(given, dict) else given
+    if method not in ("full", "asynctls"):
+        raise ValueError(f"bench offload measures asynctls, not {method}: leave --attention out")
+    options = {"min_context": 0, **options}
+    rows = offload_rows(lambda attention: load(model, {**engine, "attention": attention}), options, batch, context, steps)
+    print_table("decode with KV on the host", rows)
+    write_result({"benchmark": "offload", "model": model, "options": options, "points": rows}, json_out)
+
+
 def crossover(
     engine: dict[str, Any],
     model: Model = DEFAULT_MODEL,

@@ -274,7 +274,7 @@ def reading(config: Any, answers: Sequence[Answer], spec: ModelSpec) -> Row:
     """What a decode step reads, per KV head, the mean over layers and steps.
 
     tokens_read: keys and values, in tokens. index_read: what the selection reads beside them, in tokens' worth of
-    bytes (a token is 2 D elements).
+    bytes (a token is 2 D elements, or one row of a latent cache).
     """
     read, index = [], []
     for answer in answers:
@@ -288,13 +288,17 @@ def reading(config: Any, answers: Sequence[Answer], spec: ModelSpec) -> Row:
 
 
 def _token_bytes(spec: ModelSpec) -> int:
-    return 2 * spec.head_dim * spec.dtype.itemsize
+    return spec.kv_bytes_per_token() // (spec.num_layers * spec.num_kv_heads)
 
 
 def index_bytes(config: Any, length: int, spec: ModelSpec) -> float:
     """Bytes of keys, summaries and labels that one selection reads, per layer and KV head, at ``length`` tokens."""
     key = spec.head_dim * spec.dtype.itemsize
-    label = getattr(config, "channels", 0) / 2 + 4  # INT4, and scale and zero point in fp16
+    config = getattr(config, "inner", lambda: config)()  # asyncspade selects by another method
+    config = config.for_model(spec) if hasattr(config, "for_model") else config
+    config = config.inner() if hasattr(config, "inner") else config  # asyncspade reads what its scoring reads
+    scales = 4 if spec.value_dim is None else 8  # scale and zero point in fp16 of each group of channels
+    label = (getattr(config, "channels", 0) or 0) / 2 + scales  # INT4
     vectors = {"mean": 1, "minmax": 2, "meanstd": 2, "minmax4x16": 8}.get(getattr(config, "block_score", ""), 0)
     blocks = vectors * key * length / getattr(config, "block", 1)
     by_method = {"Oracle": key * length, "DoubleSparsity": label * length, "Quest": blocks}

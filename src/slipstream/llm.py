@@ -182,7 +182,9 @@ class LLM:
 
     def _chunks(self, request: Request) -> Iterator[TextChunk]:
         params = self._submit(request, keep_news=True).params
-        texts = [StopText(self._codec, params.stop) if self._codec else None for _ in range(params.n)]
+        texts = [
+            StopText(self._codec, params.stop, params.min_tokens) if self._codec else None for _ in range(params.n)
+        ]
         try:
             finished = False
             while not finished:
@@ -237,10 +239,11 @@ class LLM:
         return self._asynchronous
 
     def close(self) -> None:
-        """Stop the asynchronous face, if there is one. The engine itself holds memory only."""
+        """Stop the asynchronous face, if there is one, and let go of a cache rank. The engine itself holds memory only."""
         if self._asynchronous is not None:
             self._asynchronous.close()
             self._asynchronous = None
+        self.engine.backend.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -255,7 +258,7 @@ class LLM:
 
     def _stop_check(self, params: SamplingParams) -> StopCheck:
         """What the engine asks after each token: the stop string that a chain's text has reached, if any."""
-        watched = [StopText(self.codec, params.stop) for _ in range(params.n)]
+        watched = [StopText(self.codec, params.stop, params.min_tokens) for _ in range(params.n)]
         seen = [0] * params.n
 
         def check(chain: int, token_ids: list[int]) -> str | None:
@@ -322,7 +325,7 @@ class LLM:
     def _completion(self, chain: Completion, params: SamplingParams) -> CompletionOutput:
         text, logprobs, total = "", None, None
         if self._codec is not None:
-            growing = StopText(self._codec, params.stop) if params.stop else GrowingText(self._codec)
+            growing = StopText(self._codec, params.stop, params.min_tokens) if params.stop else GrowingText(self._codec)
             growing.push(chain.token_ids)
             _ = growing.finish() if isinstance(growing, StopText) else growing.flush()
             text = growing.text

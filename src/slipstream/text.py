@@ -99,11 +99,14 @@ class StopText:
     """Growing text of one chain that ends at the first stop string, wherever token borders fall.
 
     :meth:`push` returns text that can be shown: a tail that may be the beginning of a stop string is held back.
-    ``stopped_by`` is the stop string once one was found; the text ends before it.
+    ``stopped_by`` is the stop string once one was found; the text ends before it. min_tokens: what is complete with so
+    many tokens is no stop string.
     """
 
-    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
+    def __init__(self, codec: Codec, stop: Sequence[str], min_tokens: int = 0) -> None:
         self._growing = GrowingText(codec)
+        self._unstoppable = min_tokens  # tokens that are still to come before a stop string counts
+        self._from = 0  # characters of text in which none may end
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._shown = 0
@@ -117,6 +120,11 @@ class StopText:
     def push(self, ids: Sequence[int]) -> str:
         if self.stopped_by is not None:
             return ""
+        early, ids = ids[: self._unstoppable], ids[self._unstoppable :]
+        if early:
+            self._unstoppable -= len(early)
+            self._growing.push(early)
+            self._from = len(self._growing.text)
         self._growing.push(ids)
         return self._show(final=False)
 
@@ -129,7 +137,8 @@ class StopText:
 
     def _show(self, final: bool) -> str:
         text = self._growing.text
-        hits = [(at, s) for s in self._stop if (at := text.find(s, max(0, self._shown - self._longest))) >= 0]
+        first = max(0, self._shown - self._longest)
+        hits = [(at, s) for s in self._stop if (at := text.find(s, max(first, self._from - len(s) + 1))) >= 0]
         end = len(text)
         if hits:
             end, self.stopped_by = min(hits)

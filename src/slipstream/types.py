@@ -81,6 +81,7 @@ class SamplingParams:
     seed: same seed, same tokens (fp32), whatever else is in the batch; ``None`` draws a fresh one.
     logprobs / prompt_logprobs: how many alternatives to report beside the token itself; ``None`` reports nothing.
     ignore_eos: go on after the model's end token.
+    min_tokens: no end token, stop token or stop string before so many tokens are generated.
     """
 
     n: int = 1
@@ -95,6 +96,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -103,7 +105,7 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        for name in ("n", "top_k", "max_tokens", "seed", "logprobs", "prompt_logprobs"):
+        for name in ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(
                 value is None or (isinstance(value, int) and not isinstance(value, bool)),
@@ -123,6 +125,11 @@ class SamplingParams:
         _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
         _require(
             self.max_tokens is None or self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}"
+        )
+        most = math.inf if self.max_tokens is None else self.max_tokens
+        _require(
+            self.min_tokens is not None and 0 <= self.min_tokens <= most,
+            f"min_tokens must be in 0..max_tokens, got {self.min_tokens} and {self.max_tokens}",
         )
         _require(all(isinstance(s, str) and s for s in stop), "stop strings must be non-empty text")
         _require(
@@ -206,10 +213,12 @@ class Selection(NamedTuple):
     """The tokens that one layer attends to in a decode step, per request and KV head.
 
     indices: [B, Hk, K] int32, ascending, padded with -1.  counts: [B, Hk] int32, how many of them are tokens.
+    rows: [B] int64, which row of both each request uses, where that is not its own (there may be any number of rows).
     """
 
     indices: torch.Tensor
     counts: torch.Tensor
+    rows: torch.Tensor | None = None
 
 
 @dataclass
@@ -228,8 +237,9 @@ class Batch:
     is_decode: every request does.
     variant: which of the backend's forms the decode rows need (see ``AttentionBackend.variant``).
     graph_key: set when the tensors are the static buffers of a captured graph: (bucket, variant); None when eager.
-    heirs: (b, seat) for each seat that goes on from request ``b``'s KV after this step; only for a backend that holds
-    KV in seats.
+    heirs: (b, seat) for each seat that goes on from request ``b``'s KV after this step, its own seat first unless it
+    decoded there already; only for a backend that uses seats. seated: seats whose chain is new; nothing that the
+    backend keeps there is of use any more.
     """
 
     tokens: torch.Tensor
@@ -247,6 +257,7 @@ class Batch:
     variant: int = 0
     graph_key: tuple[int, int] | None = None
     heirs: Sequence[tuple[int, int]] = ()
+    seated: Sequence[int] = ()
 
     @property
     def is_decode(self) -> bool:
@@ -264,7 +275,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the rest of the house needs to know of a model: shapes, never names of layers."""
+    """What the rest of the house needs to know of a model: shapes, never names of layers.
+
+    value_dim: None where values have rows of their own, as wide as keys. A number where they are the first so many
+    columns of the keys: a latent cache (MLA), of one row for all heads. softmax_scale: None means head_dim ** -0.5.
+    """
 
     architecture: str
     num_layers: int
@@ -276,15 +291,18 @@ class ModelSpec:
     max_position: int
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...] = ()
+    value_dim: int | None = None
+    softmax_scale: float | None = None
 
     @property
     def scale(self) -> float:
         """Softmax scale of attention."""
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        stores = 2 if self.value_dim is None else 1
+        return stores * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Requests:
         self.lengths = [0] * num_requests
         empty = torch.empty((0, spec.num_kv_heads, spec.head_dim), dtype=spec.dtype, device=pool.device)
         self.keys = [[empty] * num_requests for _ in range(spec.num_layers)]
-        self.values = [[empty] * num_requests for _ in range(spec.num_layers)]
+        self.values = [[empty[..., : spec.value_dim]] * num_requests for _ in range(spec.num_layers)]
 
     def grow(self, counts: Sequence[int], graph_key: tuple[int, int] | None = None) -> Batch:
         """A step with ``counts[b]`` new tokens of each request (0: the request is not in the step)."""

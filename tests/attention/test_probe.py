@@ -68,16 +68,17 @@ def watched(tiny, attention):
 
 def test_no_method_captures_more_than_the_oracle_and_tokens_stay(tiny):
     reports = {}
-    for method in ("oracle", "window", "quest"):
-        more = {"dense_layers": 0, "block": 4} if method == "quest" else {}
-        attention = {"method": method, **SMALL, **more}
+    keys = {"scoring": "keys", "aggregate": "sum", "window": 8}
+    more = {"quest": {"dense_layers": 0, "block": 4}, "asyncspade": keys}  # the latter's sets are kept by seat
+    for method in ("oracle", "window", "quest", "asyncspade"):
+        attention = {"method": method, **SMALL, **more.get(method, {})}
         tokens, reports[method] = watched(tiny, attention)
         plain = tiny(attention=attention, page_size=16).generate(
             PROMPTS, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
         )
         assert tokens == [output.outputs[0].token_ids for output in plain], method
     assert reports["oracle"]["recall"] == 1.0 and reports["oracle"]["probed_steps"] == 7
-    for method in ("window", "quest"):
+    for method in ("window", "quest", "asyncspade"):
         assert 0 < reports[method]["recall"] < 1
         for layer, mass in reports["oracle"]["mass_by_layer"].items():
             assert reports[method]["mass_by_layer"][layer] < mass <= 1

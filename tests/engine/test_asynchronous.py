@@ -148,7 +148,7 @@ def test_several_event_loops_share_one_engine():
 
 def test_a_loop_that_closes_with_requests_open_leaves_nothing_behind():
     generator, loop = make(delay=0.002), asyncio.new_event_loop()
-    generator._submit(request(prompt(0, 5), greedy(80)), _Listener(loop, asyncio.Queue(), wants_all=True))
+    generator._submit(request(prompt(0, 5), greedy(80)), _Listener(loop, wants_all=True))
     loop.close()
     (other,) = asyncio.run(generator.generate(prompt(1, 4), greedy(30)))
     assert other.token_ids == truth(prompt(1, 4), greedy(30))

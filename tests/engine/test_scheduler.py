@@ -261,3 +261,11 @@ def test_forced_tokens_are_single_come_first_and_count_against_the_budget():
     assert shape(step(scheduler)) == ([0], [(1, 4, 1), (2, 6, 3)])
     plan = step(scheduler)
     assert shape(plan) == ([0, 2], [(1, 5, 1)]) and [c for c, _ in plan.chunks[0].samplers] == [plan.chunks[0].chain]
+
+
+def test_prompts_of_a_step_fit_the_stage_together():
+    """With a bound on their pages, prompts wait for each other; the first always runs, however long it is."""
+    scheduler = make(num_pages=60, prefill_pages=5)
+    for arrival, length in enumerate((9, 8, 30, 4)):  # 3, 2, 8 and 1 pages
+        scheduler.add(chain(arrival, length))
+    assert [[c.count for c in step(scheduler).chunks] for _ in range(3)] == [[9, 8], [30], [4]]

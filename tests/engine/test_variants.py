@@ -72,6 +72,48 @@ def test_the_batch_names_the_seats_of_its_rows():
     assert backend.batch.seats.tolist() == seats + [0] * 5 and backend.batch.num_decodes == 8
 
 
+class Seated(ToyBackend):
+    """Notes who is new in its seat and who goes on from whom; counts the ends of steps."""
+
+    uses_seats, num_fresh = True, 6
+
+    def __init__(self, pool):
+        super().__init__(pool)
+        self.seated, self.heirs, self.finished = [], [], 0
+
+    def plan(self, batch):
+        super().plan(batch)
+        seats = batch.seats.tolist()
+        self.seated += batch.seated
+        self.heirs += [(batch.lengths_host[b], seats[b], heir) for b, heir in batch.heirs]
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_backend_that_uses_seats_is_told_who_goes_on_from_whom(overlap):
+    def serve_one(engine, *work):
+        engine.backend.heirs, engine.backend.seated = [], []
+        for one in run(engine, *work):
+            assert tokens_of(one) == [truth(one.prompt_ids, one.params, i) for i in range(one.params.n)]
+        return engine.backend.heirs, engine.backend.seated
+
+    pool = KVPool(1, 64, 1, 4, 2, torch.float32)
+    config = EngineConfig(overlap=overlap, max_num_seqs=4, max_batch_tokens=7)
+    engine = Engine(ToyModel(), SPEC, pool, Seated(pool), config)
+    heirs, (own, *others) = serve_one(engine, request(prompt(0, 20), greedy(5, n=3)))
+    assert heirs == [(20, own, own), *((20, own, other) for other in others)] and len(others) == 2
+    assert all(chain.lease is None and not chain.in_seat for chain in engine.scheduler.running)
+    # forced rows begin where the dense part ends; the last one's seat is its own already
+    heirs, (own, *others) = serve_one(engine, request(prompt(1, 20), greedy(5, n=3), dense_tokens=9))
+    assert heirs == [(9, own, own), *((20, own, other) for other in others)]
+    assert engine.stats()["cached_tokens"] == 0
+    serve_one(engine, request(prompt(0, 20), greedy(5)))
+    assert engine.stats()["cached_tokens"] == 20 - 6, "the last tokens run although they are cached"
+    assert engine.backend.finished == engine.stats()["steps"]
+
+
 class Counting(DenseBackend):
     """Counts on the device how often each form ran."""
 

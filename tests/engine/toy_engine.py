@@ -136,8 +136,11 @@ def truth(prompt, params, index=0, limit=96):
     most = min(limit, len(prompt) + (params.max_tokens or limit))
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     while len(ids) < most:
+        logits = logits_of(torch.tensor([hash_of(ids)]))
+        if len(ids) - len(prompt) < params.min_tokens:
+            logits[:, list(stops)] = -torch.inf
         token = ops.sample(
-            logits_of(torch.tensor([hash_of(ids)])),
+            logits,
             column(params.temperature, torch.float32),
             column(params.top_k, torch.int32),
             column(params.top_p, torch.float32),

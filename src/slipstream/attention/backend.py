@@ -14,7 +14,8 @@ from slipstream.types import Batch
 class KVView(NamedTuple):
     """Where one layer's keys and values live and where this step's go.
 
-    k, v: [P, Hk, S, D] pages of the layer (head-major: one head's block of a page is one contiguous run).
+    k, v: [P, Hk, S, D] pages of the layer (head-major: one head's block of a page is one contiguous run). In a latent
+    cache (``ModelSpec.value_dim``) v is a view of the first columns of k, and storing a row of k stores both.
     slots: [T] int64 rows (page * S + offset) that this step's tokens write.
     """
 
@@ -43,19 +44,49 @@ class AttentionBackend(Protocol):
     def view(self, layer: int) -> KVView: ...
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """q: [T, Hq, D], after norm and RoPE. Returns [T, Hq, D]; row t sees tokens at positions <= its own."""
+        """q: [T, Hq, D], after norm and RoPE. Returns [T, Hq, Dv]; row t sees tokens at positions <= its own.
+
+        Dv is D, or ``ModelSpec.value_dim`` in a latent cache, where q is absorbed and so is what comes back.
+        """
         ...
 
     variants: Sequence[int] = (0,)  # all that variant() may answer
     holds_kv_in_seats: bool = False  # a chain that decodes needs no pages: its KV is with the backend, by seat
+    num_fresh: int = 1  # last tokens of a prompt that are computed even where their KV is cached
+    prefill_pages: int | None = None  # most pages that the prompts of a step may have together; None: any number
+    uses_seats: bool = False  # keeps something else by seat: ``Batch.heirs`` says who goes on from whom
 
     def variant(self, lengths: Sequence[int]) -> int:
         """The form that a decode step over requests of these lengths needs (this step's token counts; no padding)."""
         return 0
 
+    def foresee(self, layer: int, residual: torch.Tensor) -> None:
+        """residual: [T, H] behind the attention of ``layer``: all that the layer above will see, but for an MLP."""
+        return None
+
+    def finish(self) -> None:
+        """The step's tokens are drawn: join what runs beside it. Part of a captured step; called after every step."""
+        return None
+
+    def close(self) -> None:
+        """Let go of what is outside this process; a later step gets it back."""
+
     def stats(self) -> Mapping[str, float]:
         """Counters and gauges, merged into ``Engine.stats()``."""
         return {}
+
+
+def move_tokens(source: KVView, rows: slice, target: KVView) -> None:
+    """K and V of some of the source's slots to the target's, of which there are as many."""
+    page, offset = _place(source.slots[rows], source)
+    to_page, to_offset = _place(target.slots, target)
+    target.k[to_page, :, to_offset] = source.k[page, :, offset]
+    target.v[to_page, :, to_offset] = source.v[page, :, offset]
+
+
+def _place(slots: torch.Tensor, view: KVView) -> tuple[torch.Tensor, torch.Tensor]:
+    size = view.k.shape[2]
+    return slots // size, slots % size
 
 
 def prefill_part(batch: Batch) -> Batch:

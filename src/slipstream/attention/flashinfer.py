@@ -29,6 +29,8 @@ TENSOR_CORE_GROUP = 4  # query heads per KV head from which FlashInfer's tensor-
 
 def flashinfer_supports(spec: ModelSpec) -> str | None:
     """Why FlashInfer cannot serve a model of this shape; None when it can. Does not import FlashInfer."""
+    if spec.value_dim is not None:
+        return "these kernels of FlashInfer are not for latent caches"
     if spec.head_dim not in HEAD_DIMS:
         return f"FlashInfer has kernels for head dimensions {HEAD_DIMS}, not {spec.head_dim}"
     if spec.dtype not in DTYPES:

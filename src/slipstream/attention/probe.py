@@ -54,20 +54,21 @@ class Probe:
             self._is_active = is_sparse and self._steps % self._every == 0
             self._steps += is_sparse
         if self._is_active:
-            self._measure(layer, query, selection)
+            indices = selection.indices
+            self._measure(layer, query, indices if selection.rows is None else indices[selection.rows])
         return selection
 
     def attended(self, length: int) -> int:
         return self._inner.attended(length)
 
-    def _measure(self, layer: int, query: Tensor, selection: Selection) -> None:
+    def _measure(self, layer: int, query: Tensor, indices: Tensor) -> None:
         live = self._lengths.nonzero().squeeze(1)
         query, table, lengths = query[live], self._table[live], self._lengths[live]
         logits = sparse.key_logits(query, self._pool.k[layer], table, lengths, self._spec.scale)
         num_kv, tokens = self._spec.num_kv_heads, torch.arange(logits.shape[-1], device=logits.device)
         logits = logits.masked_fill(tokens >= lengths.view(-1, 1, 1), -torch.inf)
         best, _ = sparse.top_tokens(logits, None, lengths, num_kv, 1, *self._rule, "sum")
-        chosen, wanted = (_members(x, logits.shape[-1]) for x in (selection.indices[live], best))
+        chosen, wanted = (_members(x, logits.shape[-1]) for x in (indices[live], best))
         recall = (chosen & wanted).sum(-1) / wanted.sum(-1)
         weights = logits.softmax(-1).unflatten(1, (num_kv, -1))
         mass = (weights * chosen.unsqueeze(2)).sum(-1)

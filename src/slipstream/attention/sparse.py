@@ -93,7 +93,7 @@ class SparseBackend(AttentionBackend):
         self._batch = batch
         variant = batch.variant if batch.num_decodes else DENSE
         self._form = variant % INDEXING
-        self._indexes = variant >= INDEXING or (self.index is not None and not batch.is_decode)
+        self._indexes = bool(variant & INDEXING) or (self.index is not None and not batch.is_decode)
         if self._indexes:
             self._plan_index(batch)
         self._count(batch)
@@ -108,7 +108,7 @@ class SparseBackend(AttentionBackend):
             self.dense.plan(batch)
         else:
             self._plans_dense = False
-        self._decodes = batch if batch.is_decode else _decode_part(batch)
+        self._decodes = batch if batch.is_decode else decode_part(batch)
         self._lengths = self._buffer(self._decodes)
         self.selector.plan(self._decodes, self._lengths[0])
 
@@ -190,12 +190,7 @@ class SparseBackend(AttentionBackend):
         if not batch.is_decode:
             self._calibrate(layer, q, batch)
         if self._indexes and layer >= self.dense_layers:
-            assert self.index is not None, "only an index is extended"
-            if layer == self.dense_layers and self._query_start is not batch.query_start:
-                self._find_pages(batch)
-            self.index.extend(
-                layer, self.pool.k[layer], batch.page_table, self._query_start, batch.lengths, self._max_query
-            )
+            self._extend(layer, batch)
         if self._form == DENSE or (batch.is_decode and layer < self.dense_layers):
             return self.dense.attend(layer, q)
         if batch.is_decode:
@@ -203,6 +198,15 @@ class SparseBackend(AttentionBackend):
         num_decodes = batch.num_decodes
         decoded = self._select_and_attend(layer, q[:num_decodes].contiguous())
         return torch.cat((decoded, self.dense.attend(layer, q[num_decodes:])))
+
+    def _extend(self, layer: int, batch: Batch) -> None:
+        """Index the step's tokens."""
+        assert self.index is not None, "only an index is extended"
+        if layer == self.dense_layers and self._query_start is not batch.query_start:
+            self._find_pages(batch)
+        self.index.extend(
+            layer, self.pool.k[layer], batch.page_table, self._query_start, batch.lengths, self._max_query
+        )
 
     def _select_and_attend(self, layer: int, q: Tensor) -> Tensor:
         """The decode rows. q: [B, Hq, D] -> [B, Hq, D]."""
@@ -212,14 +216,15 @@ class SparseBackend(AttentionBackend):
         if layer < self.dense_layers:
             return ops.decode_attention(q, k, v, batch.page_table, batch.lengths, scale)
         if self._form == SPARSE:
-            out = torch.empty_like(q)
+            out = q.new_empty((*q.shape[:-1], v.shape[-1]))
         else:
             if layer == self.dense_layers:  # here and not in plan(): a captured step knows its lengths only now
                 torch.mul(batch.lengths, batch.lengths > self.gate, out=lengths[0])
                 torch.sub(batch.lengths, lengths[0], out=lengths[1])
             out = ops.decode_attention(q, k, v, batch.page_table, lengths[1], scale)
         selection = self.selector.select(layer, q)
-        sparse.sparse_attention(q, k, v, batch.page_table, selection.indices, selection.counts, scale, out)
+        indices, counts, rows = selection
+        sparse.sparse_attention(q, k, v, batch.page_table, indices, counts, scale, out, rows)
         return out
 
     def _calibrate(self, layer: int, q: Tensor, batch: Batch) -> None:
@@ -233,9 +238,13 @@ class SparseBackend(AttentionBackend):
         for calibration in watchers:
             calibration.observe(layer, q[row:], k)
         if self._online is not None:
-            assert self.index is not None, "labels are calibrated, and labels are in an index"
-            channels = self._online.channels(self.index.parts.num_channels)[layer]
-            self.index.set_channels(layer, channels, k_pages, self._labelled)
+            self._relabel(layer, self._online)
+
+    def _relabel(self, layer: int, calibration: Calibration) -> None:
+        """From now on labels are of the channels that this calibration prefers."""
+        assert self.index is not None, "labels are calibrated, and labels are in an index"
+        channels = calibration.channels(self.index.parts.num_channels)[layer]
+        self.index.set_channels(layer, channels, self.pool.k[layer], self._labelled)
 
     # -- numbers
 
@@ -255,7 +264,7 @@ class SparseBackend(AttentionBackend):
         }
 
 
-def _decode_part(batch: Batch) -> Batch:
+def decode_part(batch: Batch) -> Batch:
     """The decode rows of a mixed step as a batch of its own (views; nothing is copied)."""
     count = batch.num_decodes
     return dataclasses.replace(

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slipstream.attention.backend import AttentionBackend, KVView, prefill_part
+from slipstream.attention.backend import AttentionBackend, KVView, move_tokens, prefill_part
 from slipstream.kernels import sparse
 from slipstream.kvcache.pool import KVPool
 from slipstream.selection.tova import Tova
@@ -37,7 +37,7 @@ class TovaBackend(AttentionBackend):
         shape = (spec.num_layers, max_num_seqs + 1, spec.num_kv_heads, config.budget, spec.head_dim)
         self.pool, self.spec, self.dense, self.budget = pool, spec, dense, config.budget
         self.k = torch.zeros(shape, dtype=spec.dtype, device=pool.device)
-        self.v = torch.zeros_like(self.k)
+        self.v = torch.zeros_like(self.k) if spec.value_dim is None else self.k[..., : spec.value_dim]
         self.victims = torch.zeros(shape[:2], dtype=torch.int64, device=pool.device)
         self._batch: Batch | None = None
         self._num_evicted = 0
@@ -76,11 +76,13 @@ class TovaBackend(AttentionBackend):
         num_tokens, size = batch.tokens.numel(), self.pool.page_size
         shape = (2, -(-num_tokens // size), self.spec.num_kv_heads, size, self.spec.head_dim)
         k, v = self.k.new_empty(shape)
+        if self.spec.value_dim is not None:
+            v = k[..., : self.spec.value_dim]
         self._blank = KVView(k, v, torch.arange(num_tokens, device=self.k.device))
         return self._blank
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q: [T, Hq, D] -> [T, Hq, D]."""
+        """q: [T, Hq, D] -> [T, Hq, Dv]."""
         batch = self._batch
         assert batch is not None, "plan(batch) comes before attend(layer, q)"
         count = batch.num_decodes
@@ -90,8 +92,8 @@ class TovaBackend(AttentionBackend):
             out = self._attend_seats(layer, q)
         else:
             seats = KVView(self.k[layer], self.v[layer], self._slots[layer])
-            _move(self._blank, slice(0, count), seats)
-            _move(self._blank, slice(count, None), self._pages)
+            move_tokens(self._blank, slice(0, count), seats)
+            move_tokens(self._blank, slice(count, None), self._pages)
             out = torch.cat((self._attend_seats(layer, q[:count]), self.dense.attend(layer, q[count:])))
         for b, seat in batch.heirs:
             if b >= count:
@@ -151,16 +153,3 @@ def _mean_weights(query: Tensor, k: Tensor, scale: float) -> Tensor:
     grouped = query.view(k.shape[0], -1, query.shape[-1]).float()
     weights = torch.matmul(grouped, k.float().transpose(1, 2)).mul_(scale).softmax(-1)
     return weights.mean((0, 1)).nan_to_num(nan=-1.0)
-
-
-def _move(source: KVView, rows: slice, target: KVView) -> None:
-    """K and V of some of the source's slots to the target's, of which there are as many."""
-    page, offset = _place(source.slots[rows], source)
-    to_page, to_offset = _place(target.slots, target)
-    target.k[to_page, :, to_offset] = source.k[page, :, offset]
-    target.v[to_page, :, to_offset] = source.v[page, :, offset]
-
-
-def _place(slots: Tensor, view: KVView) -> tuple[Tensor, Tensor]:
-    size = view.k.shape[2]
-    return slots // size, slots % size

@@ -6,21 +6,50 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
 
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Event, Request, StopCheck
 from slipstream.overlap import ThreadLane
 from slipstream.types import Completion, Delta, SamplingParams
 
+News = Event | BaseException
 
-@dataclass
+
 class _Listener:
-    """Who waits for a request: news go into ``inbox`` on ``loop``; only its end when ``wants_all`` is False."""
+    """Who waits, on ``loop``, for some requests: all their news, or only their ends. Used on that loop alone."""
 
-    loop: asyncio.AbstractEventLoop
-    inbox: asyncio.Queue[Event | BaseException]
-    wants_all: bool
+    def __init__(self, loop: asyncio.AbstractEventLoop, wants_all: bool) -> None:
+        self.loop, self.wants_all = loop, wants_all
+        self._news: list[News] = []
+        self._has_end = False
+        self._waiter: asyncio.Future[None] | None = None  # of whoever waits for news
+        self._sleeper: asyncio.Future[None] | None = None  # of whoever waits for time to pass, or an end
+
+    def put(self, news: News) -> None:
+        self._news.append(news)
+        if isinstance(news, BaseException) or news.finished:
+            self._has_end = True
+            _wake(self._sleeper)
+        _wake(self._waiter)
+
+    async def take(self) -> list[News]:
+        """Everything since the last time; waits for the first."""
+        if not self._news:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        taken, self._news, self._has_end = self._news, [], False
+        return taken
+
+    async def rest(self, seconds: float) -> None:
+        """Let news gather for so long; an end is not waited with."""
+        if seconds > 0 and not self._has_end:
+            self._sleeper = self.loop.create_future()
+            timer = self.loop.call_later(seconds, _wake, self._sleeper)
+            try:
+                await self._sleeper
+            finally:
+                timer.cancel()
 
 
 class AsyncEngine:
@@ -78,14 +107,27 @@ class AsyncEngine:
 
     async def run(self, request: Request) -> Request:
         """Serve a request to its end."""
-        async for event in self._events(request, wants_all=False):
-            assert event.finished
+        async with aclosing(self._events([request], wants_all=False)) as bundles:
+            async for events in bundles:
+                assert all(event.finished for event in events)
         return request
 
-    def events(self, request: Request) -> AsyncIterator[Event]:
-        """All news of a request, its end the last. A bad request raises ``ValueError`` here."""
-        self._check(request)
-        return self._events(request, wants_all=True)
+    def events(
+        self, *requests: Request, pause_s: Callable[[], float] | None = None
+    ) -> AsyncGenerator[list[Event], None]:
+        """All news of some requests, in bundles of what has come since the last one was taken; their ends are the last.
+
+        pause_s: asked after each bundle how long news may gather before the next; ends are told at once.
+        A bad request raises ``ValueError`` here, one that dies ``RuntimeError`` in the loop; the others die with it.
+        """
+        for request in requests:
+            self._check(request)
+        return self._events(requests, True, pause_s)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What killed the worker: every request fails from then on. None while it lives, and after :meth:`close`."""
+        return None if isinstance(self._over, _Closed) else self._over
 
     def stats(self) -> dict[str, float]:
         return self._engine.stats()
@@ -111,36 +153,40 @@ class AsyncEngine:
             raise ValueError(f"stop strings {request.params.stop} need text: this engine was given no make_stop_check")
 
     async def _deltas(self, request: Request) -> AsyncIterator[Delta]:
-        events = self._events(request, wants_all=True)
-        try:
-            async for event in events:
-                if event.delta is not None:
-                    yield event.delta
-        finally:
-            await events.aclose()
+        async with aclosing(self._events([request], wants_all=True)) as bundles:
+            async for events in bundles:
+                for event in events:
+                    if event.delta is not None:
+                        yield event.delta
 
-    async def _events(self, request: Request, wants_all: bool) -> AsyncGenerator[Event, None]:
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue(), wants_all)
-        self._submit(request, listener)
+    async def _events(
+        self, requests: Sequence[Request], wants_all: bool, pause_s: Callable[[], float] | None = None
+    ) -> AsyncGenerator[list[Event], None]:
+        listener, left = _Listener(asyncio.get_running_loop(), wants_all), len(requests)
         try:
-            while True:
-                news = await listener.inbox.get()
-                if isinstance(news, BaseException):
-                    raise RuntimeError(f"request {request.request_id!r} was lost: {news}") from news
-                if request.error is not None:
-                    raise RuntimeError(
-                        f"request {request.request_id!r} died in a step: {request.error}"
-                    ) from request.error
-                yield news
-                if news.finished:
-                    return
+            for request in requests:
+                self._submit(request, listener)
+            while left:
+                events, error = _until_error(await listener.take())
+                if events:
+                    yield events
+                if error is not None:
+                    raise error
+                left -= sum(event.finished for event in events)
+                if pause_s is not None and left:
+                    await listener.rest(pause_s())
         finally:
-            with self._lock:
-                unfinished = self._listeners.get(request.request_id) is listener
-                if unfinished:
-                    del self._listeners[request.request_id]
+            for request in requests:
+                self._leave(request.request_id, listener)
+
+    def _leave(self, request_id: str, listener: _Listener) -> None:
+        """Whoever listened is gone: cancel the request, unless it is over."""
+        with self._lock:
+            unfinished = self._listeners.get(request_id) is listener
             if unfinished:
-                self._jobs.put(lambda: self._engine.cancel(request.request_id))
+                del self._listeners[request_id]
+        if unfinished:
+            self._jobs.put(lambda: self._engine.cancel(request_id))
 
     def _submit(self, request: Request, listener: _Listener) -> None:
         self._check(request)
@@ -159,7 +205,7 @@ class AsyncEngine:
             while self._take_jobs():
                 if self._engine.has_work():
                     self._deliver(self._engine.step())
-            self._end(RuntimeError("the engine was closed"))
+            self._end(_Closed("the engine was closed"))
             self._engine.cancel_all()
         except BaseException as error:
             self._end(error)
@@ -178,7 +224,7 @@ class AsyncEngine:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         """Wake each event loop once, with all its news."""
-        bundles: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, Event]]] = {}
+        bundles: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, News]]] = {}
         with self._lock:
             for event in events:
                 listener = self._listeners.get(event.request.request_id)
@@ -191,7 +237,7 @@ class AsyncEngine:
         for loop, bundle in bundles.items():
             self._post(loop, bundle)
 
-    def _post(self, loop: asyncio.AbstractEventLoop, bundle: Sequence[tuple[_Listener, Event | BaseException]]) -> None:
+    def _post(self, loop: asyncio.AbstractEventLoop, bundle: Sequence[tuple[_Listener, News]]) -> None:
         try:
             loop.call_soon_threadsafe(_put_all, bundle)
         except RuntimeError:  # the loop is closed: nobody will ever ask
@@ -209,6 +255,31 @@ class AsyncEngine:
             self._post(listener.loop, [(listener, reason)])
 
 
-def _put_all(bundle: Sequence[tuple[_Listener, Event | BaseException]]) -> None:
+class _Closed(RuntimeError):
+    """The end that was asked for."""
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
+def _put_all(bundle: Sequence[tuple[_Listener, News]]) -> None:
     for listener, news in bundle:
-        listener.inbox.put_nowait(news)
+        listener.put(news)
+
+
+def _until_error(news: Sequence[News]) -> tuple[list[Event], RuntimeError | None]:
+    """The events before the first request that is lost, and what is to be said of that one."""
+    events: list[Event] = []
+    for item in news:
+        if isinstance(item, BaseException):
+            error = RuntimeError(f"the request was lost: {item}")
+            error.__cause__ = item
+            return events, error
+        if item.request.error is not None:
+            error = RuntimeError(f"request {item.request.request_id!r} died in a step: {item.request.error}")
+            error.__cause__ = item.request.error
+            return events, error
+        events.append(item)
+    return events, None

@@ -25,6 +25,7 @@ class Chain:
     num_kv: tokens whose KV is stored once the steps scheduled so far are over. decoding: its last token is in its seat.
     num_dense: leading tokens that may run many at a time and come from the cache; the rest run one by one, as decode
     steps, those that it generated before it was preempted included. None: every token known may.
+    num_fresh: newest known tokens that run whatever the cache has of them, at the end of the dense ones too.
     siblings: chains of the same request that start with this one's prompt, until it is prefilled.
     wanted_from: first prompt index whose log-probability is still to come; ``num_prompt`` when none is.
     num_cached: leading tokens that came from the prefix cache when it was first admitted; -1 before. step: the last
@@ -41,6 +42,7 @@ class Chain:
     wanted_from: int = -1
     salt: Hashable = None
     num_dense: int | None = None
+    num_fresh: int = 1
     siblings: list[Chain] = field(default_factory=list)
     num_cached: int = -1
     num_prompt: int = 0
@@ -66,9 +68,11 @@ class Chain:
     @property
     def reuse_limit(self) -> int:
         """Leading tokens whose KV may come from the cache: the rest must run, for their logits are needed."""
-        first_row = self.wanted_from - 1 if self.wanted_from < self.num_prompt else len(self.ids) - 1
+        first_row = len(self.ids) - self.num_fresh
+        if self.wanted_from < self.num_prompt:
+            first_row = min(first_row, self.wanted_from - 1)
         if self.num_dense is not None:
-            first_row = min(first_row, self.num_dense - 1)  # what is dense ends with a row of its own chunk
+            first_row = min(first_row, self.num_dense - self.num_fresh)  # what is dense ends with rows of its own chunk
         return max(first_row, 0)
 
     @property

@@ -11,7 +11,6 @@ from slipstream.attention.backend import AttentionBackend
 from slipstream.engine.chain import NULL_SEAT
 from slipstream.engine.sampling import SamplingRows
 from slipstream.engine.seats import Seats
-from slipstream.kernels import ops
 from slipstream.types import Batch
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -43,9 +42,10 @@ class DecodeStep:
         page_size: int,
         seat_rows: torch.Tensor,
         graph_pool: Any | None,
+        capture_stream: torch.cuda.Stream | None,
     ) -> None:
         self.bucket, self._model, self._backend, self._seats = bucket, model, backend, seats
-        self._page_size, self._graph_pool = page_size, graph_pool
+        self._page_size, self._graph_pool, self._capture_stream = page_size, graph_pool, capture_stream
         device = seat_rows.device
         self.seat_rows = seat_rows
         self.tokens = torch.zeros(bucket, dtype=torch.int64, device=device)
@@ -96,6 +96,7 @@ class DecodeStep:
         self.refresh_sampling()
         batch = self.batch
         batch.lengths_host, batch.pages_host = [1] * self.bucket, [_NULL_PAGES] * self.bucket
+        batch.seated = ()
         self._choose(variant)
         for _ in range(2):  # compile kernels and let libraries allocate, which a capture must not
             self._backend.plan(batch)
@@ -103,7 +104,8 @@ class DecodeStep:
             self._compute()
         self._backend.plan(batch)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+        stream = self._capture_stream
+        with torch.cuda.graph(graph, pool=self._graph_pool, stream=stream, capture_error_mode="thread_local"):
             self._gather()
             self._compute()
         assert self.logits is not None
@@ -134,8 +136,9 @@ class DecodeStep:
         self.logits = self._model.logits(self._model.forward(batch, self._backend))
         lengths = batch.positions + 1
         # The key of the noise is the index of the token that is drawn, whatever shares the batch.
-        tokens = ops.sample(self.logits, *self._sampling, lengths)
+        tokens = self._sampling.sample(self.logits, lengths)
         self.tokens.copy_(tokens)
         seats.store(self.seat_rows, tokens, lengths)
         seats.length[:1].zero_()
         seats.last_token[:1].zero_()
+        self._backend.finish()

@@ -73,6 +73,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             token_budget=config.max_batch_tokens,
             kv_in_seats=backend.holds_kv_in_seats,
+            names_heirs=backend.uses_seats,
+            prefill_pages=backend.prefill_pages,
         )
         self.backend = backend
         self.runner = Runner(
@@ -83,7 +85,7 @@ class Engine:
             max_model_len=max_model_len,
             capture=on_cuda and config.cuda_graphs,
         )
-        self.limits = Limits(spec.vocab_size, max_model_len, pool.num_tokens, config.max_num_seqs)
+        self.limits = Limits(spec.vocab_size, max_model_len, pool.num_tokens, config.max_num_seqs, spec.eos_token_ids)
         self._random = random.Random(config.seed)
         self._arrivals = itertools.count()
         self._chains: dict[str, list[Chain]] = {}  # live ones, by request
@@ -106,9 +108,7 @@ class Engine:
         if request.request_id in self._chains:
             raise ValueError(f"request id {request.request_id!r} is in use: wait for its end or choose another")
         params, num_chains = request.params, request.params.n if request.generate else 1
-        request.stop_ids = frozenset(params.stop_token_ids) | (
-            frozenset() if params.ignore_eos else frozenset(self.spec.eos_token_ids)
-        )
+        request.stop_ids = self.limits.stop_ids(params)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         arrival = next(self._arrivals)
         chains = [
@@ -122,6 +122,7 @@ class Engine:
                 request.generate,
                 salt=request.salt,
                 num_dense=request.dense_tokens,
+                num_fresh=self.backend.num_fresh,
             )
             for i in range(num_chains)
         ]
@@ -217,7 +218,7 @@ class Engine:
             if chain.epoch != chunk.epoch:
                 continue
             self._share(chain, chunk.end)
-            if chunk.heirs and chain.lease is not None:
+            if chunk.heirs and chain.in_seat and chain.lease is not None:
                 self.scheduler.leave_pages(chain)
             if not chain.samples and chunk.end == chain.total:
                 self._retire(chain)

@@ -39,6 +39,7 @@ class MixedStep:
         self._pages += [chain.lease.pages for chain in chains[self._num_decodes :] if chain.lease is not None]
         self._lengths = [*plan.lengths, *(chunk.end for chunk in plan.chunks)]
         self._heirs = [(b, heir.seat) for b, chunk in enumerate(plan.chunks, self._num_sampled) for heir in chunk.heirs]
+        self._seated = [chain.seat for chain in plan.seated]
         self._query_start = np.concatenate([[0], np.cumsum(counts)]).tolist()
         positions, slots = _places(self._pages, self._lengths, counts, page_size)
         columns: dict[str, Sequence[int] | np.ndarray] = {
@@ -97,6 +98,7 @@ class MixedStep:
             num_decodes=self._num_decodes,
             variant=variant(self._lengths[: self._num_decodes]) if self._num_decodes else 0,
             heirs=self._heirs,
+            seated=self._seated,
         )
         self.sample_seats, self.sample_lengths = on_device["sample_seats"], on_device["sample_lengths"]
         self.score_rows, self.score_targets = on_device["score_rows"], on_device["score_targets"]

@@ -14,6 +14,8 @@ from slipstream.types import Completion, Delta, Logprob, RequestMetrics, Samplin
 # (chain index, its generated token ids) -> falsy to go on; the stop string (or True) to end the chain
 StopCheck = Callable[[int, list[int]], "bool | str | None"]
 
+MAX_BANNED = 8  # end and stop tokens that min_tokens can hold back: the device has a row of so many per seat
+
 _numbers = itertools.count()
 
 
@@ -80,12 +82,17 @@ class Event(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a request has to respect. cache_tokens: all tokens that the KV cache can hold."""
+    """What a request has to respect. cache_tokens: all tokens that the KV cache can hold. end_ids: the model's."""
 
     vocab_size: int
     max_model_len: int
     cache_tokens: int
     max_num_seqs: int
+    end_ids: tuple[int, ...] = ()
+
+    def stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a chain."""
+        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.end_ids)
 
     def check(self, request: Request) -> int:
         """Most tokens (prompt and generated) of each chain. Raises ``ValueError``, with numbers, for what cannot be.
@@ -100,6 +107,9 @@ class Limits(NamedTuple):
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
         if params.n > self.max_num_seqs:
             raise ValueError(f"n = {params.n} chains exceed max_num_seqs = {self.max_num_seqs}: lower n or raise that")
+        stops = len(self.stop_ids(params))
+        if params.min_tokens and stops > MAX_BANNED:
+            raise ValueError(f"min_tokens holds back at most {MAX_BANNED} end and stop tokens, but there are {stops}")
         start = request.logprobs_start
         if start is not None and not 0 <= start < len(ids):
             raise ValueError(f"logprobs_start = {start} is outside the prompt of {len(ids)} tokens")

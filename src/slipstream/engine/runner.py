@@ -52,6 +52,8 @@ class Runner:
             self._seat_rows = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
         self._buckets = [*(b for b in BUCKETS if b < max_num_seqs), max_num_seqs] if capture else None
         self._graph_pool: Any | None = torch.cuda.graph_pool_handle() if capture else None
+        # Kernels keep the priority that they are captured with: a step's own go before what a lane runs beside it.
+        self._capture_stream = torch.cuda.Stream(self._device, priority=-1) if capture else None
         self._steps: dict[int, DecodeStep] = {}
         self._decode_seats: list[int] = []  # what is in _seat_rows
         # Results travel on a lane of their own: the next step does not wait for them.
@@ -66,7 +68,11 @@ class Runner:
         with self._on_device():
             self._pool.copy_pages(plan.copies)
             self.num_copied_pages += len(plan.copies)
-            return self._launch_mixed(plan) if plan.chunks else self._launch_decode(plan)
+            if not plan.chunks:
+                return self._launch_decode(plan)
+            pending = self._launch_mixed(plan)
+            self._backend.finish()
+            return pending
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Streams, graphs and kernels go to the current device, which need not be ours, and is each thread's own."""
@@ -87,6 +93,7 @@ class Runner:
                 step.seat_rows.copy_(data[place])
                 self._decode_seats = rows
                 step.refresh_sampling()
+        step.batch.seated = [chain.seat for chain in plan.seated]  # their prompts could not begin yet
         step.run(variant, plan.lengths, [chain.pages for chain in plan.decodes])
         if step.batch.graph_key is None:
             self.num_eager_steps += 1
@@ -112,7 +119,7 @@ class Runner:
         if not step.samplers:
             return self._pending(plan, [], None, None, step, prompt)
         logits = self._model.logits(hidden.index_select(0, step.batch.logit_rows))
-        tokens = ops.sample(logits, *self.seats.sampling.pick(step.sample_seats), step.sample_lengths)
+        tokens = self.seats.sampling.pick(step.sample_seats).sample(logits, step.sample_lengths)
         self.seats.store(step.sample_seats, tokens, step.sample_lengths)
         return self._pending(plan, step.samplers, tokens, logits, step, prompt)
 
@@ -172,6 +179,7 @@ class Runner:
                 self._pool.page_size,
                 self._seat_rows[:bucket],
                 self._graph_pool,
+                self._capture_stream,
             )
         if step.needs_capture(variant):
             self._decode_seats = []

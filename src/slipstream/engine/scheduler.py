@@ -35,7 +35,7 @@ class Plan:
     """One step. decodes: chains that run the token in their seat; lengths: their KV tokens with it; epochs: theirs.
 
     chunks: known tokens to run, the forced ones first. seated: chains whose seat is new. grown: chains whose pages
-    changed. copies: pages to copy before any is written.
+    changed. copies: pages to copy before any is written. num_pages: of the prompts in it, from their first token on.
     """
 
     decodes: list[Chain] = field(default_factory=list)
@@ -45,6 +45,7 @@ class Plan:
     seated: list[Chain] = field(default_factory=list)
     grown: list[Chain] = field(default_factory=list)
     copies: Copies = field(default_factory=list)
+    num_pages: int = 0
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -63,13 +64,25 @@ class Scheduler:
     token_budget: most tokens of a step, decodes counted first; prompts are cut to what is left, at least one token.
     kv_in_seats: a chain that decodes has its KV in its seat; its pages are given back when its prompt is done, what the
     cache knows of them stays in the cache. Preempted, it is prefilled into pages again.
+    prefill_pages: most pages of all prompts of a step, from their first token on; one prompt may always run.
+    names_heirs: say of each chunk whose seats go on from it, though the KV stays in pages.
     """
 
-    def __init__(self, table: PageTable, *, max_num_seqs: int, token_budget: int, kv_in_seats: bool = False) -> None:
+    def __init__(
+        self,
+        table: PageTable,
+        *,
+        max_num_seqs: int,
+        token_budget: int,
+        kv_in_seats: bool = False,
+        names_heirs: bool = False,
+        prefill_pages: int | None = None,
+    ) -> None:
         if max_num_seqs < 1 or token_budget < 1:
             raise ValueError(f"max_num_seqs and token_budget must be >= 1, got {max_num_seqs} and {token_budget}")
         self.table, self.max_num_seqs, self.token_budget = table, max_num_seqs, token_budget
-        self.kv_in_seats = kv_in_seats
+        self.kv_in_seats, self.names_heirs = kv_in_seats, names_heirs or kv_in_seats
+        self.prefill_pages = prefill_pages
         self.waiting: deque[Chain] = deque()
         self.running: list[Chain] = []
         self.num_preemptions = self.num_cached_tokens = self.num_pages_left = 0
@@ -129,7 +142,10 @@ class Scheduler:
                 budget -= self._prefill(chain, budget, plan)
         held_up = stalled or preemptions < self.num_preemptions or any(map(self._is_behind, self.running))
         while self.waiting and budget and not held_up and self.can_admit(self.waiting[0]):
-            budget -= self._prefill(self._admit(plan), budget, plan)
+            count = self._prefill(self._admit(plan), budget, plan)
+            budget -= count
+            if not count:  # no place for more prompts in this step
+                break
         plan.lengths = [c.num_kv for c in plan.decodes]
         plan.chunks.sort(key=lambda chunk: not chunk.forced)
         plan.epochs = [c.epoch for c in plan.decodes]
@@ -150,13 +166,17 @@ class Scheduler:
         """Run the next tokens of a prompt; returns how many. The last ones let the chain and its siblings sample."""
         start, forced = chain.num_kv, chain.is_forced
         count = min(budget, chain.chunk_end - start)
+        pages = 0 if forced else self.table.pages_for(start + count)
+        if self.prefill_pages is not None and plan.num_pages and plan.num_pages + pages > self.prefill_pages:
+            return 0
         if not self._grow(chain, count, plan):
             return 0
+        plan.num_pages += pages
         chunk = Chunk(chain, chain.epoch, start, count, forced)
         plan.chunks.append(chunk)
         samples = chain.samples and chunk.end == chain.total
-        if self.kv_in_seats and (samples or (chain.is_forced and not forced)):
-            self._move_in(chunk, [chain, *(chain.siblings if samples else ())])
+        if self.names_heirs and (samples or (chain.is_forced and not forced)):
+            self._name_heirs(chunk, [chain, *(chain.siblings if samples else ())])
         if samples:
             self._fork(chain, plan)
             for sampler in (chain, *chain.siblings):
@@ -166,11 +186,12 @@ class Scheduler:
             chain.siblings = []
         return count
 
-    def _move_in(self, chunk: Chunk, chains: list[Chain]) -> None:
-        """From the next step on these chains have their KV in their seats."""
-        chunk.heirs = [chain for chain in chains if not chain.in_seat]
+    def _name_heirs(self, chunk: Chunk, chains: list[Chain]) -> None:
+        """From the next step on these chains decode in their seats, where their KV is if seats hold it."""
+        is_there = chunk.forced  # a forced token ran as a decode step of its own seat
+        chunk.heirs = [chain for chain in chains if not (is_there and chain is chunk.chain)]
         for heir in chunk.heirs:
-            heir.in_seat = True
+            heir.in_seat = self.kv_in_seats
 
     def _fork(self, chain: Chain, plan: Plan) -> None:
         for sibling in chain.siblings:

@@ -39,7 +39,7 @@ class Seats:
         """Put what changed into the packet: the rows of new chains, and pages that the device has not seen."""
         params: list[int] = []
         for chain in plan.seated:
-            params += pack(chain.request.params, chain.seed)
+            params += pack(chain.request.params, chain.seed, chain.num_prompt, chain.request.stop_ids)
             self._num_sent[chain.seat] = 0
         cells: list[int] = []
         pages: list[int] = []

@@ -1,0 +1,93 @@
+"""Does a cache rank in a second process pay on a CPU? Decode steps of the embedded target at 8k tokens, against full.
+
+The engine attends to sets that the other process (``slipstream cache-rank``) selects; full attention and synchronous
+two-level selection run in the same process, in turns with it. ``one process`` is AsyncSpade with its work in line.
+
+    PYTHONPATH=src python benchmarks/asyncspade_cpu.py --json benchmarks/results/cpu/asyncspade_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from typing import Any
+
+from harness import Report, Timing, check
+
+from slipstream import LLM
+from slipstream.benchmark import decode_times, random_prompts
+
+MODEL = "slipstream-target"
+
+
+def start_rank(kv_memory: str) -> tuple[subprocess.Popen[str], str]:
+    """A cache rank of its own process, and its address."""
+    command = [sys.executable, "-m", "slipstream", "cache-rank", MODEL, "--listen", "127.0.0.1:0"]
+    rank = subprocess.Popen([*command, "--kv-memory", kv_memory], stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    line = rank.stdout.readline()
+    check(line.startswith("READY "), f"the cache rank did not start: {line!r}")
+    return rank, line.split()[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--predictor", default="last", help="of both asyncspade arms")
+    parser.add_argument("--transfer", default="indices")
+    parser.add_argument("--kv-memory", default="768MiB")
+    parser.add_argument("--json", default=None)
+    args = parser.parse_args()
+    notes = {name: getattr(args, name) for name in ("context", "batch", "budget", "steps", "predictor", "transfer")}
+    report = Report("asyncspade_cpu", notes={"model": MODEL, **notes})
+    rank, address = start_rank(args.kv_memory)
+    try:
+        measure(report, args, address)
+    finally:
+        rank.terminate()
+        rank.wait()
+    report.finish(args.json)
+
+
+def measure(report: Report, args: argparse.Namespace, address: str) -> None:
+    sparse: dict[str, Any] = {"budget": args.budget, "min_context": args.budget}
+    ahead = {"method": "asyncspade", "predictor": args.predictor, **sparse}
+    arms: dict[str, Any] = {
+        "full": "full",
+        "two_level": {"method": "two_level", **sparse},
+        "one process": ahead,
+        "two processes": ahead | {"cache_rank": address, "transfer": args.transfer},
+    }
+    options = {"device": "cpu", "max_model_len": args.context + 256, "max_num_seqs": args.batch}
+    llms = {
+        name: LLM(MODEL, attention=attention, kv_memory=args.kv_memory, **options) for name, attention in arms.items()
+    }
+    prompts = random_prompts(llms["full"].spec.vocab_size, args.batch, args.context, 0)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(args.rounds):
+        for name, llm in llms.items():
+            before = llm.stats()
+            times[name] += decode_times(llm, args.batch, args.context, args.steps, prompts=prompts).steps_s
+            after = llm.stats()
+            if name != "full":
+                rows = after["sparse_rows"] - before["sparse_rows"]
+                check(rows >= args.steps * args.batch, f"{name}: {rows} sparse rows")
+            if name == "two processes":
+                check(after["asyncspade_bytes_in"] > before["asyncspade_bytes_in"], "nothing came from the cache rank")
+                check(after.get("asyncspade_fallbacks", 0) == 0, "steps fell back to full attention")
+    found = {name: Timing.of(taken) for name, taken in times.items()}
+    for name, timing in found.items():
+        stats = {k: v for k, v in llms[name].stats().items() if k.startswith("asyncspade_")}
+        report.point(arm=name, **timing.fields("tpot"), **stats)
+        llms[name].close()
+    ratio = found["two processes"].median_ms / found["full"].median_ms
+    report.bar(f"two processes / full, {args.batch} x {args.context}", ratio, 1.0, "<=")
+
+
+if __name__ == "__main__":
+    main()
