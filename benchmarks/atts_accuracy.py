@@ -1,24 +1,35 @@
 """Does score-driven take-over beat a coin at equal target tokens? The embedded pair on expressions that the draft alone
-solves half of the time.
+solves four times in ten.
 
-    python benchmarks/atts_accuracy.py --json benchmarks/results/h200/atts_accuracy.json --work /tmp/accuracy
+    python benchmarks/atts_accuracy.py --workers 8 --samples 1 --work /tmp/accuracy --time-limit 540 --json F
     python benchmarks/atts_accuracy.py --problems 4 --seeds 1 --samples 1 --operations 4 --alphas 0.3 --device cpu
 
 Arms: who takes over (``mode``), by which ``score``, how (``takeover``: ``continue`` after the rejected turn, as in
 the paper, or ``replace`` it; then turns that end with an answer are tested, too). Every arm of a seed sees the same
-problems and draws the same draft texts. One file per arm and seed under --work: an interrupted benchmark goes on.
-Differences are paired by problem, over the seeds that both arms have; standard errors are over problems.
+problems and draws the same draft texts. One file per arm and seed under --work, so that an interrupted run goes on and
+several processes share the work: --shard i/n does every n-th job, --merge only makes the table, --workers n starts n
+shards and merges. The result is written after every arm.
+
+A coin that spends as much: between the two coin arms (draft alone and target alone among them) whose target tokens
+enclose the arm's, mixed so that their tokens are the arm's. Differences are paired by problem, over the seeds that all
+arms involved have; standard errors are over problems. maj: the answer that most of a problem's chains gave, over
+samples and seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from harness import Report, check
 
@@ -31,16 +42,18 @@ from slipstream.atts.report import summary
 from slipstream.scaling import local
 
 Arm = tuple[str, str, str, float]  # takeover, mode, score, alpha
+Done = dict[Arm, dict[int, dict[str, Any]]]  # arm -> seed -> what came of it
+SHAPES = ("problems", "operations", "samples", "turns", "tokens", "temperature")
+DRAFT: Arm = ("replace", "coin", "none", 0.0)
+TARGET: Arm = ("replace", "coin", "none", 1.0)
+ENOUGH = 100  # problems from which on the realised rate must be alpha
 
 
-def arms_of(alphas: list[float], scores: list[str], takeovers: list[str]) -> list[Arm]:
-    """The coin and the reference arms first: what a time limit cuts off is the end."""
-    found: list[Arm] = [("continue", "coin", "none", 0.0), ("replace", "coin", "none", 1.0)]
-    for takeover in takeovers:
-        for alpha in alphas:
-            found += [(takeover, "coin", "none", alpha)]
-            found += [(takeover, mode, scores[0], alpha) for mode in ("per-question", "marginal", "static")]
-            found += [(takeover, "per-question", score, alpha) for score in scores[1:]]
+def arms_of(alphas: list[float], scores: list[str], takeovers: list[str], modes: list[str]) -> list[Arm]:
+    """The references, the coins, then the scores, the likeliest first: what a time limit cuts off is the end."""
+    found = [DRAFT, TARGET] + [(takeover, "coin", "none", alpha) for takeover in takeovers for alpha in alphas]
+    for mode in modes:
+        found += [(t, mode, score, alpha) for t in takeovers for alpha in alphas for score in scores]
     return found
 
 
@@ -57,7 +70,6 @@ def make_problems(args: argparse.Namespace) -> list[dict]:
 def run_arm(arm: Arm, seed: int, problems: list[dict], models: list[LLM], args: argparse.Namespace) -> dict:
     takeover, mode, score, alpha = arm
     config = ATTS(
-        test_answers=takeover == "replace",  # a wrong last turn can be written anew, but not continued
         alpha=alpha, mode=mode, score="perplexity" if score == "none" else score, takeover=takeover, seed=seed,
         samples=args.samples, turns=args.turns, draft_tokens=args.tokens, target_tokens=args.tokens, settle=False,
         temperature=args.temperature, answers="tagged", chain_tokens=models[0].options.max_model_len,
@@ -66,117 +78,235 @@ def run_arm(arm: Arm, seed: int, problems: list[dict], models: list[LLM], args: 
     )  # fmt: skip
     began = time.perf_counter()
     outcome = asyncio.run(Run(problems, *map(local, models), config).run())
-    result = summary(outcome)
+    result, certificate = summary(outcome), outcome.certificate
     check(result["chains"] == len(problems) * args.samples, f"{arm}: chains were lost")
-    check(not result["failures"], f"{arm}: {result['failures']}")
-    if 0 < alpha < 1 and args.problems >= 100:
-        check(abs(result["certificate"]["rate"] - alpha) < 0.05, f"{arm}: rate {result['certificate']['rate']}")
-    correct: dict[str, list[bool]] = defaultdict(list)
+    check(score == "grade" or not result["failures"], f"{arm}: {result['failures']}")
+    if 0 < alpha < 1 and args.problems >= ENOUGH and mode in ("per-question", "marginal"):
+        check(abs(certificate.rate - alpha) < 0.01 and certificate.holds, f"{arm}: rate {certificate.rate}")
+    chains: dict[str, list[Ended]] = defaultdict(list)
     for event in outcome.events:
         if isinstance(event, Ended):
-            correct[event.question].append(bool(event.correct))
-    kept = ("pass@1", f"maj@{args.samples}", f"pass@{args.samples}", "draft_tokens", "target_tokens", "scored_tokens",
-            "take_overs", "loops", "ends", "prefill")  # fmt: skip
+            chains[event.question].append(event)
+    kept = ("pass@1", "draft_tokens", "target_tokens", "scored_tokens", "take_overs", "loops", "failures", "ends",
+            "prefill")  # fmt: skip
     return {
-        "arm": list(arm), "seed": seed, "wall_s": time.perf_counter() - began,
-        "rate": result["certificate"]["rate"], **{name: result[name] for name in kept},
-        "correct": [statistics.fmean(correct[p["id"]]) for p in problems],
+        "arm": list(arm), "seed": seed, "wall_s": time.perf_counter() - began, "rate": certificate.rate,
+        "tests": certificate.tests, **{name: result[name] for name in kept},
+        "correct": [statistics.fmean(bool(e.correct) for e in chains[p["id"]]) for p in problems],
+        "answers": [[(e.answer, bool(e.correct)) for e in chains[p["id"]]] for p in problems],
     }  # fmt: skip
 
 
-def paired(one: dict[int, dict], other: dict[int, dict]) -> tuple[float, float, int]:
-    """Mean difference of accuracy over problems, its standard error, and over how many seeds."""
-    seeds = sorted(one.keys() & other.keys())
-    columns = [
-        [one[s]["correct"][i] - other[s]["correct"][i] for s in seeds] for i in range(len(one[seeds[0]]["correct"]))
-    ]
-    means = [statistics.fmean(column) for column in columns]
-    error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
-    return statistics.fmean(means), error, len(seeds)
+# -- the table
 
 
-def tabulate(report: Report, done: dict[Arm, dict[int, dict]]) -> None:
-    target = next((runs for arm, runs in done.items() if arm[3] == 1.0), None)
-    best: dict[str, float] = {"z": float("-inf"), "tokens": float("inf")}
-    for arm, runs in done.items():
-        row = {"takeover": arm[0], "mode": arm[1], "score": arm[2], "alpha": arm[3], "seeds": len(runs)}
-        for name in ("rate", "pass@1", *[n for n in next(iter(runs.values())) if n.startswith(("maj@", "pass@1"))]):
-            row[name] = statistics.fmean(run[name] for run in runs.values())
-        row["target_tokens"] = statistics.fmean(run["target_tokens"] for run in runs.values())
-        row["scored_tokens"] = statistics.fmean(run["scored_tokens"] for run in runs.values())
-        coin = done.get((arm[0], "coin", "none", arm[3]))
-        if coin and arm[1] != "coin" and coin.keys() & runs.keys():
-            difference, error, seeds = paired(runs, coin)
-            coin_tokens = statistics.fmean(run["target_tokens"] for run in coin.values())
-            row |= {"vs_coin": difference, "stderr": error, "token_ratio": row["target_tokens"] / max(1, coin_tokens)}
-            if arm[3] <= 0.3 and row["token_ratio"] <= 1.05:
-                best["z"] = max(best["z"], difference / max(error, 1e-9))
-        if target and 0 < arm[3] < 1 and arm[1] != "coin" and target.keys() & runs.keys():
-            difference, error, _ = paired(runs, target)
-            tokens = row["target_tokens"] / statistics.fmean(run["target_tokens"] for run in target.values())
-            row |= {"vs_target": difference, "vs_target_stderr": error, "target_share": tokens}
-            if difference >= -0.01:
-                best["tokens"] = min(best["tokens"], tokens)
+def mean_of(runs: dict[int, dict], name: str) -> float:
+    return statistics.fmean(run[name] for run in runs.values())
+
+
+def by_problem(runs: dict[int, dict], seeds: list[int]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*(runs[seed]["correct"] for seed in seeds), strict=True)]
+
+
+def difference(one: list[float], other: list[float]) -> tuple[float, float]:
+    """Mean of the paired differences over problems, and its standard error."""
+    gaps = [a - b for a, b in zip(one, other, strict=True)]
+    return statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+
+
+def majority(runs: dict[int, dict]) -> float:
+    """Share of problems whose most frequent answer, over samples and seeds, is right; the earlier wins ties."""
+    right = []
+    for chains in zip(*(run["answers"] for run in runs.values()), strict=True):
+        votes = [answer for chain in chains for answer in chain if answer[0] is not None]
+        best = Counter(text for text, _ in votes).most_common(1)
+        right.append(bool(best) and dict(votes)[best[0][0]])
+    return statistics.fmean(right)
+
+
+def against_coin(arm: Arm, done: Done) -> dict[str, float]:
+    """The arm less the coin that spends as many target tokens; empty where no two coins enclose it."""
+    coins = [(a, r) for a, r in done.items() if a[1] == "coin" and (a[0] == arm[0] or a in (DRAFT, TARGET))]
+    spent, coins = mean_of(done[arm], "target_tokens"), sorted(coins, key=lambda c: mean_of(c[1], "target_tokens"))
+    for (_, low), (_, high) in zip(coins, coins[1:], strict=False):
+        seeds = sorted(done[arm].keys() & low.keys() & high.keys())
+        below, above = mean_of(low, "target_tokens"), mean_of(high, "target_tokens")
+        if seeds and below <= spent <= above and above > below:
+            share = (spent - below) / (above - below)
+            pairs = zip(by_problem(low, seeds), by_problem(high, seeds), strict=True)
+            coin = [(1 - share) * a + share * b for a, b in pairs]
+            gain, error = difference(by_problem(done[arm], seeds), coin)
+            return {"equal_coin": statistics.fmean(coin), "vs_coin": gain, "vs_coin_se": error}
+    return {}
+
+
+def row_of(arm: Arm, done: Done) -> dict[str, Any]:
+    runs = done[arm]
+    row: dict[str, Any] = {"takeover": arm[0], "mode": arm[1], "score": arm[2], "alpha": arm[3], "seeds": len(runs)}
+    row |= {name: mean_of(runs, name) for name in ("rate", "pass@1")} | {"maj": majority(runs)}
+    row |= {name: mean_of(runs, name) for name in ("target_tokens", "draft_tokens", "scored_tokens")}
+    if any(run["failures"] for run in runs.values()):
+        row["failed_scores"] = statistics.fmean(sum(run["failures"].values()) for run in runs.values())
+    if arm[1] != "coin":
+        row |= against_coin(arm, done)
+    target = done.get(TARGET, {})
+    seeds = sorted(runs.keys() & target.keys())
+    if seeds and 0 < arm[3] < 1:
+        gap, error = difference(by_problem(runs, seeds), by_problem(target, seeds))
+        share = row["target_tokens"] / mean_of(target, "target_tokens")
+        row |= {"vs_target": gap, "vs_target_se": error, "target_share": share}
+    return row
+
+
+def report_of(done: Done, settings: dict[str, Any], order: list[Arm]) -> Report:
+    """Every arm's row, then the two bars: of the default settings, and (as points) of the best arm."""
+    config = ATTS()
+    default = (config.takeover, config.mode, config.score)
+    report = Report("atts_accuracy", notes={"settings": settings, "default": default})
+    rows = [row_of(arm, done) for arm in order if done.get(arm)]
+    for row in rows:
         report.point(**row)
-    if best["z"] > float("-inf"):
-        report.bar(
-            "best arm over the coin at alpha <= 0.3 and equal target tokens, in standard errors", best["z"], 2, ">="
-        )
-        tokens = best["tokens"] if best["tokens"] < float("inf") else 9.99
-        report.bar("target tokens of the cheapest arm within 1 point of target-only, as a share", tokens, 0.6, "<=")
+    scored = [row for row in rows if row["mode"] != "coin" and "failed_scores" not in row]
+    own = [row for row in scored if (row["takeover"], row["mode"], row["score"]) == default]
+    for name, found in (("default", own), ("best of all arms", scored)):
+        beats = [(r["vs_coin"] / max(r["vs_coin_se"], 1e-9), r) for r in found if r["alpha"] <= 0.3 and "vs_coin" in r]
+        close = [(r["target_share"], r) for r in found if r.get("vs_target", -1.0) >= -0.01]
+        if beats and any("vs_target" in r for r in found):
+            z, share = max(beats, key=lambda b: b[0]), min(close, key=lambda b: b[0], default=(9.99, None))
+            report.bar(
+                f"{name}: over the coin of equal target tokens at alpha <= 0.3, in standard errors", z[0], 2, ">="
+            )
+            report.bar(f"{name}: target tokens of target-only within 1 point of it, least share", share[0], 0.6, "<=")
+    return report
+
+
+# -- the work
+
+
+def key_of(arm: Arm, seed: int) -> str:
+    return "_".join(map(str, arm)) + f"_{seed}.json"
+
+
+def read_done(args: argparse.Namespace, jobs: list[tuple[Arm, int]], settings: dict[str, Any]) -> Done:
+    done: Done = defaultdict(dict)
+    for arm, seed in jobs:
+        path = args.work / key_of(arm, seed) if args.work else None
+        if path is not None and path.exists():
+            found = json.loads(path.read_text())
+            check(found["settings"] == settings, f"{path} is from other settings: choose another --work")
+            done[arm][seed] = found
+    return done
+
+
+def write_result(done: Done, settings: dict[str, Any], args: argparse.Namespace, quiet: bool) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+        arms = arms_of(args.alphas, args.scores, args.takeovers, args.modes)
+        report_of(done, settings, arms).finish(args.json)
+
+
+def run_jobs(jobs: list[tuple[Arm, int]], done: Done, settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Do what is not done, one arm after the other, on models that are opened and warmed once."""
+    began = time.perf_counter()
+    options = {"max_model_len": 2048, "max_num_seqs": args.window, "device": args.device, "kv_memory": args.kv_memory}
+    models = [LLM(name, **options) for name in ("slipstream-draft", "slipstream-target")]
+    problems = make_problems(args)
+    try:
+        if models[0].device.type == "cuda":
+            for model in models:
+                model.engine.warmup()
+            run_arm(("replace", "coin", "none", 0.5), 0, problems[:1], models, args)
+        print(f"ready after {time.perf_counter() - began:.1f} s: {len(jobs)} arms to run", flush=True)
+        for number, (arm, seed) in enumerate(jobs, 1):
+            if time.perf_counter() - began >= args.time_limit:
+                print(f"time is up: {len(jobs) - number + 1} arms left; the same command goes on", flush=True)
+                break
+            row = done[arm][seed] = run_arm(arm, seed, problems, models, args) | {"settings": settings}
+            if args.work is not None:
+                args.work.mkdir(parents=True, exist_ok=True)
+                half = args.work / (key_of(arm, seed) + ".half")
+                half.write_text(json.dumps(row))
+                half.rename(args.work / key_of(arm, seed))
+            found = f"pass@1 {row['pass@1']:.3f}, rate {row['rate']:.3f}, {row['target_tokens']} target tokens"
+            print(
+                f"{number}/{len(jobs)} seed {seed} {' '.join(map(str, arm))}: {found}, {row['wall_s']:.1f} s",
+                flush=True,
+            )
+            if args.shard == (0, 1):
+                write_result(done, settings, args, quiet=True)
+    finally:
+        for model in models:
+            model.close()
+
+
+def start_workers(args: argparse.Namespace) -> None:
+    """This command once per shard; the result is written again whenever there is more of it."""
+    again = [sys.executable, __file__, *sys.argv[1:], "--workers", "1"]  # the last word on workers counts
+    shards = [subprocess.Popen([*again, "--shard", f"{i}/{args.workers}"]) for i in range(args.workers)]
+    jobs, settings = jobs_of(args), settings_of(args)
+    known = -1
+    while any(shard.poll() is None for shard in shards):
+        time.sleep(2)
+        done = read_done(args, jobs, settings)
+        if (count := sum(map(len, done.values()))) != known:
+            known = count
+            write_result(done, settings, args, quiet=True)
+    check(all(shard.returncode == 0 for shard in shards), "a shard failed: see above")
+
+
+def jobs_of(args: argparse.Namespace) -> list[tuple[Arm, int]]:
+    arms = arms_of(args.alphas, args.scores, args.takeovers, args.modes)
+    return [(arm, seed) for seed in range(args.seeds) for arm in arms]
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SHAPES}
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not i/n with 0 <= i < n")
+    return int(index), int(count)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = lambda text: [part for part in text.split(",") if part]  # noqa: E731
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--operations", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--alphas", default="0.1,0.2,0.3,0.5")
-    parser.add_argument("--scores", default="log-ratio,perplexity,entropy,draft")
-    parser.add_argument("--takeovers", default="replace,continue")
+    parser.add_argument("--alphas", type=lambda text: [float(a) for a in words(text)], default="0.1,0.2,0.3,0.5")
+    parser.add_argument("--scores", type=words, default="log-ratio,perplexity,draft,entropy,grade")
+    parser.add_argument("--takeovers", type=words, default="replace,continue")
+    parser.add_argument("--modes", type=words, default="per-question,marginal,static")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--kv-memory", default="8GiB", help="of each model")
+    parser.add_argument("--kv-memory", default="3GiB", help="of each model in each process")
     parser.add_argument("--device", default=None)
     parser.add_argument("--time-limit", type=float, default=1e9, help="seconds; no arm is begun after it")
     parser.add_argument("--work", type=Path, default=None, help="folder of finished arms; an interrupted run goes on")
+    parser.add_argument(
+        "--shard", type=shard_of, default=(0, 1), help="i/n: every n-th job, from the i-th on; no table"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the work; needs --work")
+    parser.add_argument("--merge", action="store_true", help="no work: the table of what --work holds")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
-    began = time.perf_counter()
-    options = {"max_model_len": 2048, "max_num_seqs": args.window, "device": args.device, "kv_memory": args.kv_memory}
-    models = [LLM(name, **options) for name in ("slipstream-draft", "slipstream-target")]
-    problems, split = make_problems(args), lambda text: [part for part in text.split(",") if part]
-    arms = arms_of([float(a) for a in split(args.alphas)], split(args.scores), split(args.takeovers))
-    settings = {
-        k: v
-        for k, v in vars(args).items()
-        if k in ("problems", "operations", "samples", "turns", "tokens", "temperature")
-    }
-    report, done = Report("atts_accuracy", notes={"settings": settings}), defaultdict(dict)
-    try:
-        for seed in range(args.seeds):
-            for arm in arms:
-                where = args.work / ("_".join(map(str, arm)) + f"_{seed}.json") if args.work else None
-                if where is not None and where.exists():
-                    found = json.loads(where.read_text())
-                    check(found["settings"] == settings, f"{where} is from other settings: choose another --work")
-                    done[arm][seed] = found
-                elif time.perf_counter() - began < args.time_limit:
-                    done[arm][seed] = run_arm(arm, seed, problems, models, args) | {"settings": settings}
-                    if where is not None:
-                        where.parent.mkdir(parents=True, exist_ok=True)
-                        where.write_text(json.dumps(done[arm][seed]))
-                    row = done[arm][seed]
-                    print(f"seed {seed} {arm}: pass@1 {row['pass@1']:.3f}, rate {row['rate']:.3f}, "
-                          f"{row['target_tokens']} target tokens, {row['wall_s']:.1f} s", flush=True)  # fmt: skip
-    finally:
-        for model in models:
-            model.close()
-    tabulate(report, done)
-    report.finish(args.json)
+    check(args.work is not None or (args.workers == 1 and not args.merge), "several processes meet in --work: name it")
+    jobs, settings = jobs_of(args), settings_of(args)
+    if args.workers > 1 and not args.merge:
+        start_workers(args)
+    done = read_done(args, jobs, settings)
+    if args.workers == 1 and not args.merge:
+        index, count = args.shard
+        left = [(arm, seed) for arm, seed in jobs[index::count] if seed not in done.get(arm, ())]
+        if left and args.time_limit > 0:
+            run_jobs(left, done, settings, args)
+    if args.shard == (0, 1):
+        write_result(read_done(args, jobs, settings) if args.work else done, settings, args, quiet=False)
 
 
 if __name__ == "__main__":

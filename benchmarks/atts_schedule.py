@@ -1,6 +1,6 @@
 """What do the barriers cost? One trace of turns and take-overs through three schedulers on the same two engines.
 
-    python benchmarks/atts_schedule.py --simulate                                  # a rule and a stopwatch: seconds
+    python benchmarks/atts_schedule.py --simulate                                  # a stopwatch, and its lower bound
     python benchmarks/atts_schedule.py --device cpu --problems 4 --scale 0.03      # the embedded pair
     python benchmarks/atts_schedule.py --models qwen --problems 8 --json benchmarks/results/h200/atts_schedule.json
 
@@ -46,6 +46,7 @@ SHAPES = (
 )
 H200 = Machine(flops=989e12, bandwidth=4.8e12)
 STAGES = ("draft", "target")
+WRITE_S = (0.006, 0.02)  # of the stopwatch: seconds per token written
 SEED = 0
 
 
@@ -96,7 +97,7 @@ class Simulated(Traced):
 
     def __init__(self, side: int, prompts: dict[str, list[int]]) -> None:
         self.name, self.vocabulary, self._codec = STAGES[side], "ids", None
-        self.prompts, self.plan, self._write_s = prompts, {}, (0.006, 0.02)[side]
+        self.prompts, self.plan, self._write_s = prompts, {}, WRITE_S[side]
 
     async def extend(self, ids, ask: Ask) -> Turn:
         tokens, finish = self.plan[ask.seed]
@@ -133,14 +134,25 @@ def scored_as_traced(trace: Trace, everywhere: bool) -> Score:
     return Score(score)
 
 
+def lower_bound(trace: Trace, args: argparse.Namespace) -> float:
+    """Seconds of the stopwatch that no scheduler can beat: all that a stage writes over its places, or one chain."""
+    chains = [[WRITE_S[side] * sum(own[side] for own in turns) for side in (0, 1)] for turns in trace.values()]
+    stages = [
+        sum(column) / places
+        for column, places in zip(zip(*chains, strict=True), (args.draft, args.target), strict=True)
+    ]
+    return max(*stages, *map(sum, chains))
+
+
 def run_schedule(name: str, backends: list, trace: Trace, args: argparse.Namespace) -> tuple[Outcome, float]:
     everywhere = name == "paper"
     for side, backend in enumerate(backends):
         backend.plan = plan_of(trace, side, everywhere)
     config = ATTS(
         alpha=0.4, score=scored_as_traced(trace, everywhere), schedule="turn" if everywhere else name, samples=16,
-        turns=99, draft_tokens=500, target_tokens=500, settle=False, loop_ngram=0, window=args.window, seed=SEED,
-        draft_concurrency=args.draft, score_concurrency=args.draft, target_concurrency=args.target, timeout_s=3600.0,
+        turns=99, takeover="continue", draft_tokens=500, target_tokens=500, settle=False, loop_ngram=0,
+        window=args.window, seed=SEED, draft_concurrency=args.draft, score_concurrency=args.draft,
+        target_concurrency=args.target, timeout_s=3600.0,
     )  # fmt: skip
     problems = [{"id": question} for question in dict.fromkeys(question for question, _ in trace)]
     work = Run(problems, *backends, config, controller=FollowsTheTrace(config.conformal)).run()
@@ -195,9 +207,11 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=16, help="take-overs at once; the published setting is 4")
     parser.add_argument("--kv-memory", default=None, help="of draft and target, e.g. 30GiB,60GiB")
     parser.add_argument("--repeats", type=int, default=1, help="each schedule so often, in turn; the fastest counts")
+    parser.add_argument("--time-limit", type=float, default=1e9, help="seconds; no schedule is begun after it")
     parser.add_argument("--device", default=None)
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
+    started = time.perf_counter()
     trace = read_trace(args.traces, args.problems, args.scale, args.characters)
     draw = np.random.default_rng(0)
     prompts = {question: draw.integers(10, 1000, 150).tolist() for question in dict.fromkeys(q for q, _ in trace)}
@@ -216,6 +230,9 @@ def main() -> None:
         if models and models[0].device.type == "cuda":  # graphs, autotuning and caches are not the schedulers' business
             run_schedule("async", backends, dict(list(trace.items())[:16]), args)
         for name in args.schedules.split(",") * args.repeats:
+            if time.perf_counter() - started > args.time_limit:
+                print(f"time is up before schedule {name}", flush=True)
+                break
             before = [backend.counters() for backend in backends]
             outcome, took = run_schedule(name, backends, trace, args)
             seconds[name] = min(took, seconds.get(name, took))
@@ -240,6 +257,11 @@ def main() -> None:
     for name, limit in (("question", 1.4), ("turn", 1.9)):
         if {"async", name} <= seconds.keys():
             report.bar(f"async over the per-{name} barrier, {kind}", seconds[name] / seconds["async"], limit, ">=")
+    if args.simulate and "async" in seconds:
+        bound = lower_bound(trace, args)
+        report.point(models=kind, lower_bound=bound, async_over_lower_bound=seconds["async"] / bound, best_possible={
+            name: round(took / bound, 3) for name, took in seconds.items() if name not in ("async", "paper")
+        })  # fmt: skip
     if {"async", "paper"} <= seconds.keys():
         report.point(models=kind, async_over_the_papers_own_baseline=seconds["paper"] / seconds["async"],
                      note="other work: its target generates for every sample every turn")  # fmt: skip

@@ -2,8 +2,10 @@
 
     python benchmarks/serve.py [--model slipstream-target] [--device cpu] [--json benchmarks/results/cpu/serve.json]
 
-Same prompts (token ids), same engine, same run, alternating: the engine alone is driven through its asynchronous face;
-the server is asked by another process over loopback, streamed and whole. Every answer is compared first.
+Same prompts (token ids), same engine, same run, alternating: the engine alone is driven through its asynchronous face,
+token ids in and token ids out, token by token (it makes no text, the server does); the server is asked over loopback,
+streamed and whole, by another process that only collects what comes and reads it when the clock has stopped. Every
+answer is compared first. A stream's chunks hold several tokens where ``stream_rate`` is less than the streams make.
 Time to first token is the client's (one request at a time) less the engine's own, over the same requests.
 """
 
@@ -11,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import http.client
 import json
 import multiprocessing
 import random
+import selectors
 import socket
 import statistics
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from harness import Report, check
@@ -31,24 +32,56 @@ from slipstream.server.config import ServerConfig
 Prompts = list[list[int]]
 
 
-def ask(port: int, prompt: list[int], tokens: int, stream: bool) -> tuple[float, list[int]]:
-    """One request on a connection of its own: seconds to the first token, and the token ids."""
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.connect()
-    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    began, first, ids = time.perf_counter(), 0.0, []
-    connection.request(
-        "POST", "/v1/completions", json.dumps(body | {"stream": stream}), {"Content-Type": "application/json"}
-    )
-    reply = connection.getresponse()
-    if not stream:
-        return time.perf_counter() - began, json.loads(reply.read())["choices"][0]["token_ids"]
-    while (line := reply.readline()) != b"data: [DONE]\n":
-        if line.startswith(b"data: {"):
-            first = first or time.perf_counter() - began
-            ids += json.loads(line[6:])["choices"][0]["token_ids"]
-    return first, ids
+class Asking:
+    """One request on a connection of its own. Its answer is only collected: what parsing costs is not the server's."""
+
+    def __init__(self, port: int, prompt: list[int], tokens: int, stream: bool) -> None:
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        data = json.dumps(body | {"stream": stream}).encode()
+        self.stream, self.began, self.first, self.answer = stream, time.perf_counter(), 0.0, bytearray()
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        self.socket.sendall(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        self.socket.setblocking(False)
+
+    def read(self) -> bool:
+        """Take what has come; whether that was all."""
+        data = self.socket.recv(1 << 18)
+        self.answer += data
+        if not self.first and (not self.stream or b"data: {" in self.answer):
+            self.first = time.perf_counter() - self.began
+        return not data
+
+    def result(self) -> tuple[float, list[int]]:
+        """Seconds to the first token, and the token ids."""
+        self.socket.close()
+        head, _, rest = bytes(self.answer).partition(b"\r\n\r\n")
+        check(head.startswith(b"HTTP/1.1 200"), f"refused: {self.answer[:300]!r}")
+        if not self.stream:
+            return self.first, json.loads(rest)["choices"][0]["token_ids"]
+        body = bytearray()
+        while rest:  # undo the chunked encoding
+            size, _, rest = rest.partition(b"\r\n")
+            body += rest[: int(size, 16)]
+            rest = rest[int(size, 16) + 2 :]
+        events = [event[6:] for event in bytes(body).split(b"\n\n") if event.startswith(b"data: {")]
+        check(body.endswith(b"data: [DONE]\n\n"), "a stream was cut off")
+        return self.first, [token for event in events for token in json.loads(event)["choices"][0]["token_ids"]]
+
+
+def ask_all(port: int, prompts: Prompts, tokens: int, stream: bool, width: int) -> list[Asking]:
+    """All requests, ``width`` at a time, on one thread: a client that is no heavier than it must be."""
+    waiting, open_, all_ = list(enumerate(prompts))[::-1], selectors.DefaultSelector(), {}
+    while waiting or open_.get_map():
+        while waiting and len(open_.get_map()) < width:
+            place, prompt = waiting.pop()
+            all_[place] = Asking(port, prompt, tokens, stream)
+            open_.register(all_[place].socket, selectors.EVENT_READ, all_[place])
+        for key, _ in open_.select():
+            if key.data.read():
+                open_.unregister(key.data.socket)
+    return [all_[place] for place in range(len(prompts))]
 
 
 def client(pipe: Connection, port: int) -> None:
@@ -56,9 +89,9 @@ def client(pipe: Connection, port: int) -> None:
     while (order := pipe.recv()) is not None:
         prompts, tokens, stream, width = order
         began = time.perf_counter()
-        with ThreadPoolExecutor(width) as pool:
-            results = list(pool.map(lambda prompt, t=tokens, s=stream: ask(port, prompt, t, s), prompts))
-        pipe.send((time.perf_counter() - began, results))
+        asked = ask_all(port, prompts, tokens, stream, width)
+        seconds = time.perf_counter() - began
+        pipe.send((seconds, [asking.result() for asking in asked]))
 
 
 async def engine_alone(
@@ -104,6 +137,7 @@ def main() -> None:
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     other = multiprocessing.get_context("spawn").Process(target=client, args=(theirs, port), daemon=True)
     other.start()
+    theirs.close()  # a client that dies ends the benchmark instead of being waited for
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "Not measured yet."
 
 
 def load(name: str) -> dict[str, Any]:
@@ -151,6 +152,39 @@ def accuracy_chains() -> str:
     return table(["task", *names.values()], rows)
 
 
+def predictors() -> str:
+    """Attention mass, and overlap of what is not always kept, at an eighth of the sequence."""
+    name = next((name for name in ("h200/predictors.json", "cpu/predictors.json") if (RESULTS / name).exists()), None)
+    if name is None:
+        return MISSING
+    rows = [row for row in load(name)["rows"] if row["budget"] == "1/8"]
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    found = {(row["predictor"], row["cell"]): row for row in rows}
+    lines = []
+    for name in dict.fromkeys(row["predictor"] for row in rows):
+        own = [found[name, cell] for cell in cells]
+        lines.append([f"`{name}`", *(f"{row['mass']:.3f} / {row['overlap_free']:.2f}" for row in own)])
+    return table(["mass / overlap_free", *(cell.split()[0] for cell in cells)], lines)
+
+
+def asyncspade_h200() -> str:
+    """TPOT in ms of the arms at each workload, at a budget of 1,024 tokens, and the ratios that have bars."""
+    rows = []
+    for name, shape in (("h200/asyncspade.json", ""), ("h200/asyncspade_32b.json", "Qwen3-32B, ")):
+        points = load(name)["points"] if (RESULTS / name).exists() else []
+        at = {(p["arm"], p["batch"], p["context"]): p["tpot_ms"] for p in points if p["budget"] in (0, 1024)}
+        for batch, context in dict.fromkeys((b, c) for _, b, c in at):
+            arms = ("full", "quest", "double_sparsity", "two_level", "asyncspade", "asyncspade floor")
+            times = {arm: at[arm, batch, context] for arm in arms}
+            ratios = [times["asyncspade"] / times[rival] for rival in ("full", "quest", "asyncspade floor")]
+            cells = [*(f"{ms:.2f}" for ms in times.values()), *(f"**{ratio:.2f}**" for ratio in ratios)]
+            rows.append([f"{shape}{batch} x {context:,}", *cells])
+    if not rows:
+        return MISSING
+    head = ["batch x context", "full", "quest", "double sparsity", "two_level", "asyncspade", "floor"]
+    return table([*head, "/ full", "/ quest", "/ floor"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode-h200": decode_h200,
     "operator-dense": operator_dense,
@@ -162,13 +196,17 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def render(text: str) -> str:
+ASYNCSPADE: dict[str, Callable[[], str]] = {"predictors": predictors, "asyncspade-h200": asyncspade_h200}
+PAGES = {"README.md": TABLES, "docs/asyncspade.md": ASYNCSPADE}
+
+
+def render(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
     """The text with everything between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, make=make: match[1] + make() + "\n" + match[2], text)
         if count != 1:
-            raise ValueError(f"README.md must have one place for the table {name!r}, found {count}")
+            raise ValueError(f"the page must have one place for the table {name!r}, found {count}")
     return text
 
 
@@ -176,12 +214,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = render(before)
-    if args.check and before != after:
-        raise SystemExit("README.md does not show the committed results: run python benchmarks/tables.py")
-    readme.write_text(after, encoding="utf-8")
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        before = page.read_text(encoding="utf-8")
+        after = render(before, tables)
+        if args.check and before != after:
+            raise SystemExit(f"{name} does not show the committed results: run python benchmarks/tables.py")
+        page.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

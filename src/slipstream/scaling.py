@@ -48,8 +48,8 @@ def open_model(model: Any, tokenizer: str | None = None, **options: Any) -> Back
 def local(llm: LLM, owned: bool = False) -> LocalBackend:
     """An ``LLM`` as a backend. owned: its engine's thread is stopped when the run is over."""
     return LocalBackend(
-        llm.asynchronous(), llm.codec, name=llm.name, end_ids=llm.spec.eos_token_ids,
-        max_length=llm.engine.limits.max_model_len, close=llm.close if owned else None,
+        llm.asynchronous(), llm.codec, name=llm.name, max_length=llm.engine.limits.max_model_len,
+        close=llm.close if owned else None,
     )  # fmt: skip
 
 

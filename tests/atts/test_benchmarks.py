@@ -60,14 +60,45 @@ def test_schedule_on_engines(run, traces):
     assert found["equal_tokens"] and all(p["target_tokens"] > 0 for p in found["points"])
 
 
-def test_accuracy_goes_on_from_finished_arms(run, tmp_path):
+def test_accuracy_goes_on_from_finished_arms_and_merges_shards(run, tmp_path):
+    work, out = tmp_path / "work", tmp_path / "out.json"
     flags = ["--problems", "2", "--operations", "1", "--samples", "1", "--seeds", "1", "--alphas", "0.5", "--scores",
-             "log-ratio", "--takeovers", "replace", "--device", "cpu", "--kv-memory", "64MiB", "--tokens", "12",
-             "--work", str(tmp_path)]  # fmt: skip
+             "perplexity", "--takeovers", "replace", "--modes", "per-question", "--device", "cpu", "--tokens", "12",
+             "--kv-memory", "64MiB", "--work", str(work), "--json", str(out)]  # fmt: skip
     limited = run("atts_accuracy", *flags, "--time-limit", "0")
-    assert limited["points"] == [] and not list(tmp_path.iterdir())
-    found = run("atts_accuracy", *flags)
-    assert {(p["mode"], p["alpha"]) for p in found["points"]} >= {("coin", 0.0), ("coin", 1.0), ("marginal", 0.5)}
-    assert len(list(tmp_path.iterdir())) == len(found["points"]) == 6 and len(found["bars"]) == 0
+    assert limited["points"] == [] and not work.exists()
+    module = importlib.import_module("atts_accuracy")
+    for shard in ("0/2", "1/2"):
+        sys.argv = ["atts_accuracy", *flags, "--shard", shard]
+        module.main()
+    assert len(list(work.iterdir())) == 4
+    found = run("atts_accuracy", *flags, "--merge")
+    assert [(p["mode"], p["alpha"]) for p in found["points"]] == [
+        ("coin", 0.0), ("coin", 1.0), ("coin", 0.5), ("per-question", 0.5),
+    ]  # fmt: skip
+    assert {"vs_coin", "vs_coin_se", "vs_target", "target_share"} <= found["points"][-1].keys()
+    assert json.loads(out.read_text()) == found
     again = run("atts_accuracy", *flags, "--time-limit", "0")
     assert again["points"] == found["points"]
+    with pytest.raises(AssertionError, match="other settings"):
+        run("atts_accuracy", *flags, "--tokens", "13")
+
+
+def test_a_coin_of_equal_tokens_lies_between_two_coins(run, tmp_path):
+    """Known numbers: the arm spends as the coins at 0.2 and 0.4 do on average, and is right where neither is."""
+    sys.path.insert(0, str(FOLDER))
+    module = importlib.import_module("atts_accuracy")
+
+    def runs(tokens, correct):
+        return {0: {"target_tokens": tokens, "correct": correct}}
+
+    arm = ("replace", "marginal", "perplexity", 0.3)
+    done = {
+        module.DRAFT: runs(0, [0.0, 0.0, 0.0, 0.0]), module.TARGET: runs(1000, [1.0, 1.0, 1.0, 1.0]),
+        ("replace", "coin", "none", 0.4): runs(400, [1.0, 1.0, 0.0, 0.0]),
+        ("replace", "coin", "none", 0.2): runs(200, [1.0, 0.0, 0.0, 0.0]),
+        ("continue", "coin", "none", 0.3): runs(300, [1.0, 1.0, 1.0, 1.0]), arm: runs(300, [1.0, 1.0, 1.0, 0.0]),
+    }  # fmt: skip
+    found = module.against_coin(arm, done)
+    gaps = [0.0, 0.5, 1.0, 0.0]
+    assert found == {"equal_coin": 0.375, "vs_coin": 0.375, "vs_coin_se": pytest.approx(np.std(gaps, ddof=1) / 2)}

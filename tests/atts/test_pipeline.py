@@ -15,7 +15,7 @@ from slipstream.atts.pipeline.clock import run_virtual
 from slipstream.atts.pipeline.run import Run
 from slipstream.atts.report import summary
 
-SMALL = {"samples": 4, "turns": 8, "draft_tokens": 20, "target_tokens": 20, "settle": False}
+SMALL = {"samples": 4, "turns": 8, "draft_tokens": 20, "target_tokens": 20, "settle": False, "takeover": "continue"}
 
 
 def of(outcome, kind):
@@ -65,10 +65,11 @@ def test_an_answer_is_looked_for_before_anything_is_scored():
     assert answered and not (answered - last) & tested
     both, *_ = scale(ATTS(test_answers=True, **SMALL))
     assert len(of(both, Decided)) > len(of(outcome, Decided))
+    assert ATTS().tests_answers and not ATTS(takeover="continue").tests_answers  # what is wrong can be written anew
 
 
 def test_replace_writes_the_rejected_turn_anew():
-    outcome, _, _, target = scale(ATTS(takeover="replace", **SMALL))
+    outcome, _, _, target = scale(ATTS(**(SMALL | {"takeover": "replace"})))
     prompt = len(problems()[0]["prompt"])
     starts = {call[1] for call in target.log if call[0] == "extend"}
     assert of(outcome, TakenOver) and all((length - prompt) % 20 == 0 for length in starts)
@@ -164,6 +165,19 @@ def test_a_failed_score_is_an_event_with_a_policy(policy, kind):
     assert outcome.certificate.tests == 0 and str(failures[0].policy) in str(summary(outcome)["failures"])
 
 
+def test_what_failed_is_counted_beside_the_certificate():
+    """A third of the scores fail and are taken over: the summary says what the certificate does not."""
+    target = Model("target", fail=failing("", every=3)("score", "http 500"))
+    outcome, *_ = scale(ATTS(on_failure="takeover", **SMALL), count=12, target=target)
+    failed, decided, found = of(outcome, Failed), of(outcome, Decided), summary(outcome)
+    assert found["untested"] == {"takeover": len(failed)} and outcome.certificate.tests == len(decided)
+    everywhere = (sum(e.rejected for e in decided) + len(failed)) / (len(decided) + len(failed))
+    assert found["rate_with_untested"] == pytest.approx(everywhere) and everywhere > outcome.certificate.rate + 0.15
+    assert len(of(outcome, TakenOver)) == sum(e.rejected for e in decided) + len(failed)
+    fine = summary(scale(ATTS(**SMALL))[0])
+    assert fine["untested"] == {} and fine["rate_with_untested"] is None
+
+
 def test_nan_is_a_failure_and_infinity_is_a_score():
     nan, *_ = scale(ATTS(score=lambda view: float("nan"), **SMALL))
     assert {e.what.split(":")[0] for e in of(nan, Failed)} == {"nan"} and not of(nan, Decided)
@@ -186,7 +200,7 @@ def test_a_failed_draft_or_take_over_ends_its_chain_visibly():
     assert sum(e.reason == "failed" for e in of(outcome, Ended)) == len(of(outcome, Failed)) > 0
     for policy, stage in (("takeover", "failed"), ("accept", "answer")):
         target = Model("target", fail=failing("")("extend", "engine"))
-        outcome, *_ = scale(ATTS(on_failure=policy, takeover="replace", **SMALL), target=target)
+        outcome, *_ = scale(ATTS(**(SMALL | {"on_failure": policy, "takeover": "replace"})), target=target)
         assert {e.stage for e in of(outcome, Failed)} == {"take-over"}
         ended = {(e.question, e.sample): e.reason for e in of(outcome, Ended)}
         assert {ended[e.question, e.sample] for e in of(outcome, Failed)} == {stage}
@@ -208,7 +222,7 @@ def test_loops_are_tested_with_an_infinite_score():
             turn = super().write(ids, ask)
             return turn if turn.finish == "stop" else Turn(list(b"again " * 4), 24, "length", 0.0, 0.0)
 
-    outcome, _, _, target = scale(ATTS(draft_tokens=24, turns=8, samples=4, settle=False), draft=Looping("draft"))
+    outcome, _, _, target = scale(ATTS(**(SMALL | {"draft_tokens": 24})), draft=Looping("draft"))
     loops = {(e.question, e.sample, e.turn) for e in of(outcome, Looped)}
     assert loops and not [call for call in target.log if call[0] == "score"]
     assert all(e.nll == float("inf") for e in of(outcome, Decided) if (e.question, e.sample, e.turn) in loops)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import time
 
 import numpy as np
 import pytest
@@ -91,13 +93,74 @@ def test_the_question_is_centred_out():
         ('{"question": [1], "sample": 0, "turn": 0, "nll": 1}', "line 2"),
         ("[1, 2]", "line 2"),
         ('{"question": 1, "sample": 0, "turn": "x", "nll": 1}', "line 2"),
+        ('{"question": 1, "sample": 0, "turn": 1.5, "nll": 1}', "line 2"),
+        ('{"question": 1, "sample": 0, "turn": -1, "nll": 1}', "line 2.*negative"),
+        ('{"question": 1, "sample": 0, "turn": 0, "nll": null}', "line 2"),
+        ('{"question": "\udcff", "sample": 0, "turn": 0, "nll": 1}', "line 2.*Unicode"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"question": 1, "sample": 0, "turn": 0, "nll": 1}\n' + line + "\n")
+    first = '{"question": "a\u2028b", "sample": 0, "turn": 0, "nll": 1}\n'  # no new line, though Python thinks so
+    path.write_bytes((first + line + "\n").encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):
         read_tests(path)
+
+
+def test_arrays_that_are_no_stream_are_refused_by_name(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, problem=[1], turn=[0])
+    with pytest.raises(ValueError, match="lacks the arrays sample, ppl"):
+        read_tests(path)
+    for ppl, turn, message in (
+        ([1.5, 2.0], [0, 0], "equally long"), ([1.5], [0], "equally long"), ([1.0, 2.0, 0.0], [0] * 3, "row 2"),
+        ([1.0, float("nan"), 1.0], [0] * 3, "row 1"), ([1.0] * 3, [-1, 0, 0], "row 0"),
+    ):  # fmt: skip
+        np.savez(path, problem=[1, 2, 3], sample=[0, 0, 0], turn=turn, ppl=ppl)
+        with pytest.raises(ValueError, match=message):
+            read_tests(path)
+    path.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="not an .npz"):
+        read_tests(path)
+
+
+SCORES = {
+    "constant": lambda i, draw: 1.0,
+    "rising": lambda i, draw: float(i),
+    "alternating": lambda i, draw: float(i % 2),
+    "random": lambda i, draw: draw.random(),
+    "heavy": lambda i, draw: math.inf if draw.random() < 0.1 else math.exp(draw.gauss(0, 5)),
+    "by question": lambda i, draw: 100.0 * (i // 375) + draw.random(),
+    "blocks": lambda i, draw: float(i // 500 % 2) * 1e6 + draw.random(),
+}
+
+
+@pytest.mark.parametrize("order", ["arrival", "shuffled", "interleaved"])
+@pytest.mark.parametrize("stream", SCORES)
+def test_streams_that_nobody_tuned_on(stream, order):
+    """The bars of the published traces, on streams that are nothing like them, at other rates and in three orders."""
+    draw = random.Random(7)
+    tests = [Row(i // 375, i % 375 % 25, i % 375 // 25, SCORES[stream](i, draw)) for i in range(6000)]
+    if order == "shuffled":
+        places = draw.sample(range(16), 16)
+        tests.sort(key=lambda t: places[t.question])
+    elif order == "interleaved":  # 64 samples at once
+        keys = {(t.question, t.sample): (i // 64, draw.random()) for i, t in enumerate(tests[:6000:15])}
+        tests.sort(key=lambda t: (keys.get((t.question, t.sample), (0, 0))[0], t.turn, draw.random()))
+    for alpha in (0.05, 0.5, 0.9):
+        found = summary(tests, Conformal(alpha=alpha))
+        assert found["deviation"] <= 0.002 and found["worst_window"] <= 0.06 and found["certificate"]["holds"]
+        assert found["question_deviation"] <= 0.06, (alpha, found["question_deviation"])
+
+
+def test_a_log_of_200_000_rows_takes_seconds(tmp_path):
+    draw = random.Random(0)
+    path = write_lines(
+        tmp_path / "a.jsonl", [Row(f"q{i // 400}", i % 16, i // 16 % 25, draw.random()) for i in range(200_000)]
+    )
+    began = time.process_time()
+    found = summary(read_tests(path), Conformal(alpha=0.4))
+    assert found["tests"] == 200_000 and found["deviation"] < 1e-4 and time.process_time() - began < 30
 
 
 def test_an_empty_stream_is_refused(tmp_path):

@@ -89,7 +89,7 @@ def test_any_callable_is_a_score():
 
     assert value(slow, Known()) == 3.0 and value(lambda view: view.turn.tokens, Known()) == 3.0
     assert score_of(own := Score(slow, reads_target=False)) is own
-    outcome, *_ = scale(ATTS(score=slow, samples=2, turns=3, draft_tokens=9))
+    outcome, *_ = scale(ATTS(score=slow, samples=2, turns=3, draft_tokens=9, takeover="continue"))
     assert {e.nll for e in outcome.events if isinstance(e, Decided)} == {9.0}
     with pytest.raises(ValueError, match="did you mean 'entropy'"):
         score_of("entropie")

@@ -5,8 +5,11 @@ import json
 
 import httpx
 import pytest
+from simulated import Model, problems
 
 from slipstream.atts.backends import Ask, BackendError
+from slipstream.atts.config import ATTS
+from slipstream.atts.pipeline.run import Run
 from slipstream.atts.servers import OpenAIServer, SGLangServer, VLLMServer
 
 END = 9
@@ -228,6 +231,14 @@ def test_unreachable_and_wrong_models_are_refused_on_opening(kind):
     nobody = SERVERS[kind][0]("http://127.0.0.1:9", retries=1, backoff_s=0.0)
     with pytest.raises(ValueError, match="does not answer"):
         do(nobody.open())
+
+
+@pytest.mark.parametrize("target", [make("vllm", model="other")[0], VLLMServer("http://127.0.0.1:9", retries=0)])
+def test_a_run_refuses_them_before_any_work(target, tmp_path):
+    draft = Model("draft")
+    with pytest.raises(ValueError, match="does not"):
+        do(Run(problems(1), draft, target, ATTS(), log=tmp_path / "a.jsonl").run())
+    assert draft.log == [("open",)] and draft.closed == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", SERVERS)

@@ -45,6 +45,15 @@ def test_sizes():
     assert pool.num_tokens == 16
 
 
+def test_values_of_a_latent_cache_are_columns_of_its_keys():
+    pool = KVPool(2, 5, 1, 4, 8, torch.float32, value_dim=6)
+    assert pool.v.shape == (2, 5, 1, 4, 6) and pool.v.data_ptr() == pool.k.data_ptr()
+    assert pool.bytes == 2 * 5 * 4 * 8 * 4
+    pool.k[:, 1] = 3.0
+    pool.copy_pages([(1, 2)])
+    assert (pool.v[:, 2] == 3).all() and not pool.v[:, 3].any()
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="null page"):
         KVPool(1, 1, 1, 4, 8, torch.float32)

@@ -4,14 +4,16 @@ import asyncio
 
 import openai
 import pytest
+from live_server import wait_until
 
 from slipstream import tasks
-from slipstream.server.answer import Scaled
+from slipstream.atts.config import ATTS
+from slipstream.server.scaled import Scaled, Scaler
 
 
 @pytest.fixture(scope="module")
 def live(serving):
-    with serving(scale=scale) as live:
+    with serving(scale=Scale()) as live:
         yield live
 
 
@@ -248,13 +250,19 @@ def test_a_model_without_tokenizer_serves_ids(serving, tiny):
             assert "no tokenizer" in bare.error(path, 400, **body)["message"]
 
 
-async def scale(messages, options, params):
-    if options.get("samples") == 0:
-        raise ValueError("samples must be at least 1")
-    if options.get("samples") == 13:
-        raise RuntimeError("the draft died")
-    used = {"draft": {"prompt_tokens": 3, "completion_tokens": 40}, "target": {"prompt_tokens": 50}}
-    return Scaled(messages[0]["content"].upper(), "because", {"rate": 0.2, "bound": 0.3, **options}, used)
+class Scale:
+    """A scaling of nothing: what the server makes of one."""
+
+    def chains(self, options):
+        if options.get("samples") == 0:
+            raise ValueError("samples must be at least 1")
+        return options.get("samples", 1)
+
+    async def __call__(self, messages, options, max_tokens):
+        if options.get("samples") == 13:
+            raise RuntimeError("the draft died of a secret")
+        used = {"draft": {"prompt_tokens": 3, "completion_tokens": 40}, "target": {"prompt_tokens": 50}}
+        return Scaled(messages[0]["content"].upper(), "because", {"rate": 0.2, "bound": 0.3, **options}, used)
 
 
 def test_scaling_has_a_seam(client, live):
@@ -269,4 +277,65 @@ def test_scaling_has_a_seam(client, live):
     assert events[-1]["scaling"]["rate"] == 0.2
     assert live.http.get("/stats").json()["scaling"]["bound"] == 0.3
     assert "at least 1" in live.error(path, 400, **asked, scaling={"samples": 0})["message"]
-    assert live.error(path, 500, **asked, scaling={"samples": 13})["type"] == "server_error"
+    error = live.error(path, 500, **asked, scaling={"samples": 13})
+    assert error["type"] == "server_error" and "secret" not in error["message"]
+    assert "exceed the queue" in live.error(path, 400, **asked, scaling={"samples": 5000})["message"]
+    for field in ({"n": 2}, {"stop": "x"}, {"logprobs": True}, {"cache_salt": "mine"}, {"min_tokens": 3}):
+        error = live.error(path, 400, **asked, scaling={}, **field)
+        assert error["param"] == next(iter(field)) and "together with scaling" in error["message"]
+
+
+@pytest.fixture(scope="module")
+def scaled(serving, draft_model, target_model):
+    """The embedded pair: the draft thinks, the target verifies."""
+    defaults = ATTS(alpha=0.4, answers="tagged", samples=3, turns=8, draft_tokens=60, target_tokens=60)
+    with serving(target_model, scale=Scaler(draft_model, target_model, defaults, most_chains=8)) as live:
+        yield live
+        live.at_rest()
+        wait_until(lambda: draft_model.stats()["pages_used"] == 0)
+    draft_model.close()
+
+
+def test_a_draft_and_a_target_answer_a_chat(scaled, draft_model):
+    problem = tasks.make("program", seed=3, steps=3)
+    asked = {"model": "slipstream-target", "messages": [{"role": "user", "content": problem.prompt}]}
+    with openai.OpenAI(base_url=scaled.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+        found = client.chat.completions.create(**asked, seed=1, extra_body={"scaling": {"alpha": 0.5, "samples": 4}})
+        again = client.chat.completions.create(**asked, seed=1, extra_body={"scaling": {"alpha": 0.5, "samples": 4}})
+    choice, certificate = found.choices[0], found.scaling
+    assert (
+        choice.finish_reason == "stop" and choice.message.content == certificate["answer"] and choice.message.reasoning
+    )
+    assert certificate["tests"] > 0 and abs(certificate["rate"] - 0.5) <= certificate["bound"] and certificate["holds"]
+    models = found.usage.models
+    assert models["draft"]["completion_tokens"] > 0 and models["target"]["scored_tokens"] > 0
+    assert found.usage.completion_tokens == sum(model["completion_tokens"] for model in models.values())
+    assert again.choices[0].message.content == choice.message.content  # one seed, one answer
+    (event,) = scaled.events("/v1/chat/completions", messages=asked["messages"], scaling={"alpha": 0, "samples": 1})
+    assert event["usage"]["models"]["target"]["completion_tokens"] == 0 and event["scaling"]["tests"] == 0
+    alone = {"messages": asked["messages"], "scaling": {"alpha": 1, "samples": 1}, "temperature": 0, "max_tokens": 256}
+    (event,) = scaled.events("/v1/chat/completions", **alone)
+    whole = scaled.chat(problem.prompt, temperature=0, max_tokens=256)["choices"][0]["message"]
+    assert event["choices"][0]["delta"]["content"] == whole["content"]  # the target alone is the target
+
+
+def test_scaling_refuses_what_it_cannot_do(scaled):
+    path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": "add"}]}
+    for options, text in (
+        ({"samples": 9}, "limit of 8"), ({"samples": "4"}, "must be a int"), ({"alpha": 2}, "alpha"),
+        ({"alpah": 0.2}, "did you mean 'alpha'"), ({"window": 500}, "window"), ({"score": "guess"}, "guess"),
+        ({"symbolic": True}, "symbolic"), ({"samples": True}, "samples"), ({"turns": None}, "turns"),
+        ({"chain_tokens": 2}, "a chain may have 2"),
+    ):  # fmt: skip
+        error = scaled.error(path, 400, **asked, scaling=options)
+        assert text in error["message"] and error["param"] == "scaling", (options, error)
+
+
+def test_who_leaves_a_scaled_chat_cancels_all_of_its_chains(scaled, draft_model):
+    body = {"messages": [{"role": "user", "content": "add"}], "scaling": {"samples": 8, "draft_tokens": 1500}}
+    connection = scaled.raw(scaled.request_bytes("/v1/chat/completions", body))
+    wait_until(lambda: draft_model.stats()["running"] > 0)
+    assert scaled.service.gate.chains == 8
+    connection.close()
+    scaled.at_rest()
+    wait_until(lambda: draft_model.stats()["running"] == 0 and draft_model.stats()["pages_used"] == 0)

@@ -1,5 +1,6 @@
 """What is pure: fields, prompts, messages, the thinking split, frames, keys, log lines."""
 
+import io
 import json
 import logging
 
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from slipstream.server.config import Keys, ServerConfig
-from slipstream.server.door import LogLines, _key_of
+from slipstream.server.door import _key_of
 from slipstream.server.errors import ApiError
+from slipstream.server.logs import LogHandler, LogLines
 from slipstream.server.reply import CLOSE, OPEN, Thinking
 from slipstream.server.schemas import (
     NEUTRAL,
@@ -189,3 +191,25 @@ def test_no_client_writes_a_log_line_of_its_own(as_json):
     assert "\n" not in line and "status" in line
     if as_json:
         assert json.loads(line)["path"] == record.facts["path"]
+
+
+def test_a_log_that_cannot_be_written_says_so_when_it_can_again(monkeypatch):
+    class Disk(io.StringIO):
+        full = True
+
+        def flush(self):
+            if self.full:
+                self.truncate(0)
+                raise OSError(28, "No space left on device")
+
+    disk = Disk()
+    monkeypatch.setattr(LogHandler, "unsaid", 0)
+    handler, before = LogHandler(disk), LogHandler.lost
+    handler.setFormatter(LogLines(True))
+    for _ in range(3):
+        handler.emit(logging.LogRecord("x", logging.INFO, "f", 1, "one", (), None))
+    assert LogHandler.lost - before == 3
+    disk.full = False
+    handler.emit(logging.LogRecord("x", logging.INFO, "f", 1, "two", (), None))
+    said = [json.loads(line)["message"] for line in disk.getvalue().strip("\0\n").splitlines()]
+    assert said == ["3 log lines were lost", "two"]

@@ -1,6 +1,9 @@
 """``slipstream serve`` as a process: ports, logs, signals; and ``bench serve`` against it."""
 
 import json
+import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +18,7 @@ from live_server import wait_until
 from typer.testing import CliRunner
 
 from slipstream import cli, cli_serve
+from slipstream.build import ASSETS
 
 MAIN = [
     "-c",
@@ -141,3 +145,92 @@ def test_mistakes_are_told_before_a_model_is_loaded(monkeypatch):
         )
     assert "no server answers" in refusal(monkeypatch, "bench", "serve", "--url", f"http://127.0.0.1:{port}")
     assert "comma-separated numbers" in refusal(monkeypatch, "bench", "serve", "--percentiles", "x")
+
+
+def test_a_full_disk_for_the_log_stops_nobody(tmp_path):
+    """The file of the log may grow to 4,000 bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+
+    def lost():
+        return float(re.search(r"^slipstream_lost_log_lines_total (\S+)", httpx.get(url + "/metrics").text, re.M)[1])
+
+    with open(tmp_path / "log", "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *MAIN, "serve", *MODEL, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=file,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
+        )  # fmt: skip
+    try:
+        wait_until(lambda: answers(url + "/health"), 60)
+        for _ in range(60):
+            assert httpx.post(url + "/tokenize", json={"prompt": "add"}, timeout=30).status_code == 200
+        assert lost() >= 5
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert "request" in (tmp_path / "log").read_text()
+
+
+def answers(url):
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:  # its port is taken long before it serves
+        return False
+
+
+READER = """
+import http.client, json, sys
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+body = {"prompt": "add", "max_tokens": 600, "ignore_eos": True, "temperature": 0, "stream": True, "logprobs": 20,
+        "return_token_ids": True}
+connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+ids = []
+for line in connection.getresponse():
+    if line.startswith(b"data: {"):
+        ids += json.loads(line[6:])["choices"][0]["token_ids"]
+        print(ids if len(ids) == 600 else "reading", flush=True)
+"""
+
+
+def test_a_client_that_is_stopped_for_five_seconds_gets_it_all_and_holds_nobody_up(served):
+    server = served()
+    port = server.url.rsplit(":", 1)[1]
+    with subprocess.Popen([sys.executable, "-c", READER, port], stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout.readline() == "reading\n"
+        reader.send_signal(signal.SIGSTOP)
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            began = time.monotonic()
+            assert server.post(prompt="my", max_tokens=3).status_code == 200
+            assert time.monotonic() - began < 3
+        reader.send_signal(signal.SIGCONT)
+        *_, last = reader.stdout
+    body = {"prompt": "add", "max_tokens": 600, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+    assert json.loads(last) == server.post(**body).json()["choices"][0]["token_ids"]
+
+
+@pytest.mark.parametrize("damage", ["nothing in it", "no JSON", "no weights", "not there"])
+def test_a_model_that_cannot_be_read_is_named(tmp_path, damage):
+    folder = tmp_path / "model"
+    if damage != "not there":
+        folder.mkdir()
+    if damage == "no JSON":
+        (folder / "config.json").write_text("{")
+    if damage == "no weights":
+        shutil.copy(ASSETS / "slipstream-draft" / "config.json", folder)
+    done = command("serve", str(folder), "--port", "0", "--device", "cpu")
+    assert done.returncode != 0 and "Traceback" not in done.stderr and str(folder) in done.stderr.replace("\n", "")
+
+
+def test_a_draft_answers_chats_of_a_served_model(served):
+    server = served("--draft", "slipstream-draft", "--alpha", "0.5")
+    asked = {
+        "messages": [{"role": "user", "content": "add"}],
+        "scaling": {"samples": 2, "turns": 2, "draft_tokens": 20},
+    }
+    found = httpx.post(server.url + "/v1/chat/completions", json=asked, timeout=60).json()
+    assert found["scaling"]["alpha"] == 0.5 and found["scaling"]["samples"] == 2
+    assert found["usage"]["models"]["draft"]["completion_tokens"] > 0

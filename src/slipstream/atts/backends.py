@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -101,8 +100,7 @@ class LocalBackend:
     """Any :class:`slipstream.types.Generator`, ours above all: what was scored is in its cache when it is extended.
 
     codec: a :class:`slipstream.text.Codec` or the like; None for problems of token ids whose answers nobody reads.
-    end_ids: the model's end tokens; those that end a turn are learnt, too. max_length: most tokens of a chain.
-    close: called when the run is over.
+    max_length: most tokens of a chain. close: called when the run is over.
     """
 
     can_score = True
@@ -114,13 +112,11 @@ class LocalBackend:
         *,
         name: str = "local",
         vocabulary: Hashable = None,
-        end_ids: Sequence[int] = (),
         max_length: int | None = None,
         chat: bool = True,
         close: Any = None,
     ) -> None:
         self._generator, self._codec, self._chat, self._close = generator, codec, chat, close
-        self._ends = set(end_ids)
         self.name, self.max_length = name, max_length
         self.vocabulary = vocabulary if vocabulary is not None else vocabulary_of(codec)
 
@@ -137,18 +133,11 @@ class LocalBackend:
         return self._codec.decode(ids) if self._codec is not None else ""
 
     async def extend(self, ids: Sequence[int], ask: Ask) -> Turn:
-        first: list[int] = []
-        if ask.ban_end:
-            first = [await self._first_but_end(ids, ask)]
-            if ask.max_tokens == 1:
-                return Turn(first, 1, "length")
         params = SamplingParams(
-            max_tokens=ask.max_tokens - len(first), temperature=ask.temperature, top_p=ask.top_p, seed=ask.seed,
-            logprobs=None if first else ask.tops,
+            max_tokens=ask.max_tokens, temperature=ask.temperature, top_p=ask.top_p, seed=ask.seed, logprobs=ask.tops,
+            min_tokens=int(ask.ban_end),
         )  # fmt: skip
-        turn = self._turn(await self._ask(self._generator.extend([*ids, *first], params)), bool(ask.tops))
-        turn.ids[:0], turn.tokens = first, turn.tokens + len(first)
-        return turn
+        return self._turn(await self._ask(self._generator.extend(ids, params)), bool(ask.tops))
 
     async def score(self, ids: Sequence[int], start: int) -> list[float]:
         logprobs = await self._ask(self._generator.score(ids[:start], ids[start:]))
@@ -176,7 +165,7 @@ class LocalBackend:
         ids = list(completion.token_ids)
         ended = completion.finish_reason == "stop" and bool(ids) and ids[-1] == completion.stop_reason
         if ended:
-            self._ends.add(ids.pop())
+            ids.pop()
         turn = Turn(ids, len(ids), "stop" if completion.finish_reason == "stop" else "length")
         if completion.logprobs is not None:
             entries = completion.logprobs[: len(ids)]
@@ -190,19 +179,6 @@ class LocalBackend:
         if self._codec is None:
             return {}
         return {self._codec.token_text(token): candidate.logprob for token, candidate in entry.items()}
-
-    async def _first_but_end(self, ids: Sequence[int], ask: Ask) -> int:
-        """One token, drawn from the 20 likeliest without the end tokens: ``SamplingParams`` cannot ban a token."""
-        params = SamplingParams(max_tokens=1, temperature=ask.temperature, seed=ask.seed, logprobs=20, ignore_eos=True)
-        completion = await self._ask(self._generator.extend(ids, params))
-        if completion.token_ids[0] not in self._ends:
-            return int(completion.token_ids[0])
-        found = {t: c.logprob for t, c in completion.logprobs[0].items() if t not in self._ends}
-        best = max(found, key=lambda token: found[token])
-        if ask.temperature == 0:
-            return best
-        weights = [math.exp((value - found[best]) / ask.temperature) for value in found.values()]
-        return random.Random(ask.seed).choices(list(found), weights)[0]
 
 
 def vocabulary_of(codec: Any) -> Hashable:

@@ -25,7 +25,7 @@ class ATTS:
     alpha: float = _help(0.3, "Share of tests that the target takes over; 0 is the draft alone, 1 the target alone.")
     mode: str = _help("per-question", "per-question, marginal, static (the paper's) or coin (control).")
     score: Any = _help("perplexity", "perplexity, log-ratio, entropy, draft or grade; in Python any callable, too.")
-    takeover: str = _help("continue", "continue: the target goes on after the turn; replace: it writes it anew.")
+    takeover: str = _help("replace", "replace: the target writes a rejected turn anew; continue: it goes on behind it.")
     samples: int = _help(16, "Chains per question.")
     turns: int = _help(15, "Most turns per chain.")
     draft_tokens: int = _help(500, "Most tokens of a draft's turn.")
@@ -46,7 +46,7 @@ class ATTS:
     timeout_s: float = _help(600.0, "Longest wait for one answer of a model.")
     answers: str = _help("boxed", "How answers are written: boxed, tagged (after </think>) or choice.")
     symbolic: bool = _help(False, "Compare boxed answers by math-verify where their spelling differs.")
-    test_answers: bool = _help(False, "Test a turn of the draft that ends with an answer, too.")
+    test_answers: bool | None = _help(None, "Test a turn of the draft that ends with an answer, too; default: replace.")
     min_turns: int = _help(1, "A chain does not stop at an answer before so many turns.")
     agreement: int = _help(1, "So many equal answers in a row end a chain.")
     nudge: str = _help("", "Text that is put behind an answer that does not end its chain.")
@@ -54,8 +54,8 @@ class ATTS:
     loop_ngram: int = _help(8, "Loop guard: length of the n-grams that are counted; 0 is off.")
     loop_share: float = _help(0.5, "Loop guard: share of repeated n-grams from which on a turn is a loop.")
     gamma: float = _help(0.1, "Step of the integrator over all tests; (1 + 2 gamma) / (gamma w) is guaranteed.")
-    gamma_turn: float = _help(0.02, "Step of the integrators per turn.")
-    gamma_question: float = _help(0.07, "Step of the integrators per question.")
+    gamma_turn: float = _help(0.01, "Step of the integrators per turn.")
+    gamma_question: float = _help(0.075, "Step of the integrators per question.")
     seed: int = _help(0, "Of the texts and of the tests.")
 
     def __post_init__(self) -> None:
@@ -79,6 +79,11 @@ class ATTS:
     def conformal(self) -> Conformal:
         own = ("alpha", "mode", "gamma", "gamma_turn", "gamma_question", "seed")
         return Conformal(**{name: getattr(self, name) for name in own})
+
+    @property
+    def tests_answers(self) -> bool:
+        """A wrong last turn can be written anew, but not continued."""
+        return self.takeover == "replace" if self.test_answers is None else self.test_answers
 
     @property
     def scorer(self) -> Score:

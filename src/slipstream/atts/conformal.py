@@ -4,7 +4,9 @@ A test's score is high when the draft's turn is doubtful (its log-perplexity und
 share of earlier scores at least as doubtful (A1 / ATTS, arXiv 2509.15148, section 3), so a small one is handed to the
 target. Ranks alone hold no rate once scores drift, so the threshold moves: every group that a test belongs to (all
 tests, its turn, its question) owns an integrator ``a += gamma * (alpha - rejected)``, an update of adaptive conformal
-inference, and a test is rejected when ``p <= alpha + the sum of its integrators``. Pure Python, no device, no clock.
+inference, and a test is rejected when ``p`` is at most alpha moved by the sum of its integrators. They move its
+log-odds: added to alpha itself, one rejection too many would bring a small alpha to zero, and the next doubtful turn
+would pass because of its neighbour. Pure Python, no device, no clock.
 """
 
 from __future__ import annotations
@@ -99,9 +101,10 @@ class Conformal:
     alpha: share of tests that the target takes over, in [0, 1]. mode: ``per-question`` (question-centred score;
     integrators all, turn, question), ``marginal`` (raw score; all, turn), ``static`` (the paper's: ``p <= alpha``
     against frozen scores, no integrator), ``coin`` (the score is not looked at: the control arm).
-    gamma, gamma_turn, gamma_question: step of each integrator. turn_bins: turns from the last bin on share one pool.
-    shrinkage: how many tests of the average question are mixed into a question's mean. window: tests per window in
-    the certificate. seed: of the randomised p-values.
+    gamma, gamma_turn, gamma_question: step of each integrator; their sum x moves the threshold by
+    ``x / (alpha (1 - alpha))`` of log-odds, which is x near alpha. turn_bins: turns from the last bin on share one
+    pool. shrinkage: how many tests of the average question are mixed into a question's mean. window: tests per window
+    in the certificate. seed: of the randomised p-values.
 
     Tuned on stream ``pair`` of the published traces: gamma_turn, gamma_question, turn_bins, shrinkage. gamma is set so
     that the guarantee itself is 0.06 in every window of 200.
@@ -110,8 +113,8 @@ class Conformal:
     alpha: float = 0.3
     mode: str = "per-question"
     gamma: float = 0.1
-    gamma_turn: float = 0.02
-    gamma_question: float = 0.07
+    gamma_turn: float = 0.01
+    gamma_question: float = 0.075
     turn_bins: int = 8
     shrinkage: float = 2.0
     window: int = 200
@@ -165,8 +168,8 @@ class Certificate:
     """What was realised, and what is guaranteed whatever the scores were. worst_window: None for fewer tests than that.
 
     For an adaptive mode the rate differs from alpha by exactly ``integrator / (gamma * tests)``, overall and (with
-    their own gammas) in each group, and in no window of ``window`` tests by more than ``window_bound`` = (1 + spread +
-    2 gamma) / (gamma w) - spread is 0 for a fixed alpha, else how far it moved. None: the mode promises nothing.
+    their own gammas) in each group, and in no window of w = ``window`` tests by more than ``window_bound`` =
+    (1 + 2 gamma) / (gamma w), whatever alpha was asked for from test to test. None: the mode promises nothing.
     ``log_martingale``: natural log of the highest wealth bet against exchangeable scores; above log(100) they are not.
     """
 
@@ -227,7 +230,6 @@ class Controller:
         self._questions: dict[Hashable, Group] = defaultdict(Group)
         self._recent: deque[float] = deque()
         self._in_window, self._worst = 0.0, -1.0
-        self._alphas = (math.inf, -math.inf)
         self._martingale = Martingale()
 
     def decide(self, question: Hashable, turn: int, score: float, alpha: float | None = None) -> Decision:
@@ -238,17 +240,23 @@ class Controller:
         alpha = config.alpha if alpha is None else alpha
         u = self._random.random()
         p = u if config.mode == "coin" else self._p_value(question, turn, score, u)
-        threshold = alpha
-        if config.adapts:
-            base = alpha + config.gamma * self._everything.debt
-            threshold = base + config.gamma_turn * self._turns[self._bin(turn)].debt
-            if config.mode == "per-question":
-                threshold += config.gamma_question * self._questions[question].debt
-            # `all` has the last word: whatever the others ask for, base stays within [-gamma, 1 + gamma]
-            threshold = threshold if 0 < base < 1 else base
+        threshold = self._threshold(question, turn, alpha) if config.adapts else alpha
         decision = Decision(self._everything.tests, alpha, p, threshold, p <= threshold and alpha > 0)
         self._record(question, turn, decision)
         return decision
+
+    def _threshold(self, question: Hashable, turn: int, alpha: float) -> float:
+        config, everything = self.config, self.config.gamma * self._everything.debt
+        # `all` has the last word: whatever the others ask for, this stays within [-gamma, 1 + gamma]
+        if not 0 < 0.5 + everything < 1:
+            return 0.5 + everything
+        moved = everything + config.gamma_turn * self._turns[self._bin(turn)].debt
+        if config.mode == "per-question":
+            moved += config.gamma_question * self._questions[question].debt
+        if not 0 < alpha < 1:
+            return alpha
+        odds = math.log(alpha / (1 - alpha)) + moved / (alpha * (1 - alpha))
+        return 1 / (1 + math.exp(-max(-30.0, min(30.0, odds))))
 
     def _bin(self, turn: int) -> int:
         return min(turn, self.config.turn_bins - 1)
@@ -282,7 +290,6 @@ class Controller:
         for group in (self._everything, self._turns[self._bin(turn)], self._questions[question]):
             group.add(alpha, rejected)
         self._martingale.update(decision.p)
-        self._alphas = (min(self._alphas[0], alpha), max(self._alphas[1], alpha))
         self._recent.append(alpha - rejected)
         self._in_window += alpha - rejected
         if len(self._recent) > self.config.window:
@@ -294,8 +301,7 @@ class Controller:
         config, whole = self.config, self._everything
         bound = None
         if config.adapts:
-            spread = max(0.0, self._alphas[1] - self._alphas[0])
-            bound = (1 + spread + 2 * config.gamma) / (config.gamma * config.window)
+            bound = (1 + 2 * config.gamma) / (config.gamma * config.window)
         return Certificate(
             mode=config.mode,
             alpha=whole.rate + whole.debt / whole.tests if whole.tests else config.alpha,

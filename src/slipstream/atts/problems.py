@@ -20,7 +20,7 @@ def read_problems(path: str | Path, seed: int = 0) -> list[dict[str, Any]]:
     """
     problems: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:

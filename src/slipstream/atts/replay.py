@@ -7,8 +7,10 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -40,7 +42,11 @@ def read_tests(path: str | Path, stream: str | None = None) -> list[Test]:
 
 
 def _from_arrays(path: Path, stream: str | None) -> list[Test]:
-    with np.load(path) as arrays:
+    try:
+        opened = np.load(path)
+    except (ValueError, BadZipFile) as error:
+        raise ValueError(f"{path} is not an .npz of arrays ({error})") from None
+    with opened as arrays:
         prefix = f"{stream}__" if stream else ""
         missing = [n for n in ("problem", "sample", "turn", "ppl") if prefix + n not in arrays]
         if missing:
@@ -48,23 +54,26 @@ def _from_arrays(path: Path, stream: str | None) -> list[Test]:
             hint = f"; it has the streams {', '.join(streams)}: name one" if streams else ""
             raise ValueError(f"{path} lacks the arrays {', '.join(prefix + n for n in missing)}{hint}")
         columns = [arrays[prefix + name] for name in ("problem", "sample", "turn", "ppl")]
-        keep = arrays[prefix + "answer_found"] == 0 if prefix + "answer_found" in arrays else slice(None)
-    problem, sample, turn, ppl = (column[keep] for column in columns)
-    if not (np.asarray(ppl, float) > 0).all():
-        raise ValueError(f"{path}: a perplexity is not a positive number")
+        found = arrays[prefix + "answer_found"] if prefix + "answer_found" in arrays else np.zeros(columns[0].shape)
+    if columns[0].ndim != 1 or any(column.shape != found.shape for column in columns):
+        raise ValueError(f"{path}: the arrays of {stream or 'the stream'} must be equally long lists")
+    problem, sample, turn, ppl = (column[found == 0] for column in columns)
+    bad = np.flatnonzero(~(np.asarray(ppl, float) > 0) | (np.asarray(turn) < 0))
+    if bad.size:
+        raise ValueError(f"{path}, row {bad[0]} of the tests: a perplexity must be above 0 and a turn at least 0")
     nll = np.log(ppl.astype(float))
     return [Test(*row) for row in zip(problem.tolist(), sample.tolist(), turn.tolist(), nll.tolist(), strict=True)]
 
 
 def _from_lines(path: Path) -> Any:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             if row.get("kind", "decided") != "decided":
                 continue
-            test = Test(row["question"], int(row["sample"]), int(row["turn"]), float(row["nll"]))
+            test = Test(row["question"], index(row["sample"]), index(row["turn"]), float(row["nll"]))
             hash(test.question)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(

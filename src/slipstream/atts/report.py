@@ -91,7 +91,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     """Accuracy (None where answers are not known), tokens, times and the certificate; plain values for JSON.
 
     pass@1: mean over chains that were not cancelled, then over questions; maj: the largest cluster's answer; pass@k:
-    any chain's. Prefill counts are this session's.
+    any chain's. Prefill counts are this session's. untested: turns whose score failed, by policy; they are outside the
+    certificate, so ``rate_with_untested`` says what share of turns was to be taken over with them.
     """
     events, config = outcome.events, outcome.config
     questions: dict[str, list[Ended]] = defaultdict(list)
@@ -100,7 +101,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     judged = [[bool(e.correct) for e in ends if e.reason != "settled"] for ends in questions.values()
               if any(e.correct is not None for e in ends)]  # fmt: skip
     majority = [right for _, right in outcome.majority.values() if right is not None]
-    overs, decided = _of(events, TakenOver), _of(events, Decided)
+    overs, decided, failed = _of(events, TakenOver), _of(events, Decided), _of(events, Failed)
+    untested = Counter(e.policy for e in failed if e.stage == "score")
+    tests = len(decided) + sum(untested.values())
     return {
         "questions": len(questions),
         "chains": sum(map(len, questions.values())),
@@ -116,7 +119,9 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "retried_take_overs": sum(e.retried for e in overs),
         "loops": len(_of(events, Looped)),
         "limited": dict(Counter(e.reason for e in _of(events, Limited))),
-        "failures": dict(Counter(f"{e.stage}: {e.what.split(':')[0]} -> {e.policy}" for e in _of(events, Failed))),
+        "failures": dict(Counter(f"{e.stage}: {e.what.split(':')[0]} -> {e.policy}" for e in failed)),
+        "untested": dict(untested),
+        "rate_with_untested": (sum(e.rejected for e in decided) + untested["takeover"]) / tests if untested else None,
         "ends": dict(Counter(e.reason for e in _of(events, Ended))),
         "prefill": outcome.counters,
         "certificate": outcome.certificate.as_dict(),
@@ -130,35 +135,71 @@ def picture(outcome: Outcome, path: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    certificate, decided = outcome.certificate, _of(outcome.events, Decided)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    if decided:
-        taken = np.array([e.rejected for e in decided], float)
-        alphas = np.array([e.alpha for e in decided])
-        count = np.arange(1, len(taken) + 1)
-        axes[0, 0].plot(count, taken.cumsum() / count, label="rate so far")
-        axes[0, 0].plot(count, alphas.cumsum() / count, "k--", label="alpha so far")
-        if certificate.window_bound is not None:
-            half = certificate.window_bound * certificate.window / count
-            low, high = alphas.cumsum() / count - half, alphas.cumsum() / count + half
-            axes[0, 0].fill_between(count, low, high, alpha=0.15, label="guaranteed")
-        axes[0, 0].set(ylim=(0, 1), xlabel="tests", title="Share of turns taken over")
-        axes[0, 0].legend()
-    for axis, groups, name in (
-        (axes[0, 1], certificate.turns, "turn"),
-        (axes[1, 0], certificate.questions, "question"),
-    ):
-        axis.bar(range(len(groups)), [g.rate for g in groups.values()])
-        axis.axhline(certificate.alpha, color="k", ls="--")
-        axis.set(ylim=(0, 1), xlabel=name, title=f"Rate per {name}")
-    tokens: dict[str, Counter[str]] = defaultdict(Counter)
-    for event in outcome.events:
-        if isinstance(event, (Drafted, TakenOver)):
-            tokens[event.question]["draft" if isinstance(event, Drafted) else "target"] += event.tokens
-    places, drafted = range(len(tokens)), [t["draft"] for t in tokens.values()]
-    axes[1, 1].bar(places, drafted, label="draft")
-    axes[1, 1].bar(places, [t["target"] for t in tokens.values()], bottom=drafted, label="target")
-    axes[1, 1].set(xlabel="question", title="Tokens written")
-    axes[1, 1].legend()
-    figure.savefig(path, dpi=130)
+    certificate, found = outcome.certificate, summary(outcome)
+    style: Any = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "axes.titlelocation": "left",
+    }
+    with plt.rc_context(style):
+        figure, ((running, turns), (questions, tokens)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+        figure.suptitle(_headline(outcome, found), x=0.01, ha="left", fontsize=10)
+        decided = _of(outcome.events, Decided)
+        if decided:
+            _running(running, decided, certificate)
+        running.set(title="Share so far", xlabel="tests")
+        _rates(turns, {str(k): g.rate for k, g in certificate.turns.items()}, certificate.alpha)
+        turns.set(title="Share taken over per turn", xlabel="turn (late ones together)")
+        asked = [name for name in outcome.majority if name in certificate.questions]
+        _rates(questions, {name: certificate.questions[name].rate for name in asked}, certificate.alpha)
+        questions.set(title="Share taken over per question", xlabel="question")
+        written: dict[str, Counter[str]] = {name: Counter() for name in outcome.majority}
+        for event in outcome.events:
+            if isinstance(event, (Drafted, TakenOver)):
+                written[event.question]["draft" if isinstance(event, Drafted) else "target"] += event.tokens
+        drafted = [count["draft"] for count in written.values()]
+        tokens.bar(range(len(written)), drafted, color="#9db8d2", label="draft")
+        tokens.bar(range(len(written)), [c["target"] for c in written.values()], bottom=drafted, color="#d1603d",
+                   label="target")  # fmt: skip
+        _names(tokens, list(written))
+        tokens.set(title="Tokens written per question", xlabel="question")
+        tokens.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _headline(outcome: Outcome, found: dict[str, Any]) -> str:
+    certificate = outcome.certificate
+    words = [
+        f"{certificate.mode}: {certificate.rate:.3f} of {certificate.tests} tests for alpha {certificate.alpha:.3f}"
+    ]
+    words += [f"{name} {value:.3f}" for name, value in found.items() if "@" in name and value is not None]
+    return ", ".join([*words, f"tokens: {found['target_tokens']:,} target, {found['draft_tokens']:,} draft"])
+
+
+def _running(axis: Any, decided: Sequence[Decided], certificate: Any) -> None:
+    count = np.arange(1, len(decided) + 1)
+    alphas = np.array([e.alpha for e in decided]).cumsum() / count
+    rates = np.array([e.rejected for e in decided], float).cumsum() / count
+    if certificate.window_bound is not None:
+        half = certificate.window_bound * certificate.window / count
+        axis.fill_between(count, alphas - half, alphas + half, color="#9db8d2", alpha=0.4, lw=0, label="guaranteed")
+    axis.plot(count, rates, color="#d1603d", label="share")
+    axis.plot(count, alphas, "k--", lw=1, label="alpha")
+    axis.set(ylim=(0, min(1.0, 2 * max(alphas.max(), rates[len(rates) // 10 :].max()))), xlim=(1, max(2, len(count))))
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
+def _rates(axis: Any, rates: dict[str, float], alpha: float) -> None:
+    axis.bar(range(len(rates)), list(rates.values()), color="#9db8d2")
+    axis.axhline(alpha, color="k", ls="--", lw=1)
+    axis.set_ylim(0, min(1.0, max([2 * alpha, *(1.1 * rate for rate in rates.values()), 0.05])))
+    _names(axis, list(rates))
+
+
+def _names(axis: Any, names: Sequence[str]) -> None:
+    """Names below bars: all that have room, else about twelve."""
+    places = range(0, len(names), max(1, -(-len(names) // 12)))
+    slanted = {"rotation": 30, "ha": "right"} if any(len(name) > 6 for name in names) else {}
+    axis.set_xticks(list(places), [names[place][:16] for place in places], **slanted)

@@ -125,6 +125,7 @@ class VLLMServer(Server):
     """vLLM: token ids in and out (``return_token_ids``, vLLM 0.10.2 or newer), ``prompt_logprobs`` to score.
 
     A request with ``prompt_logprobs`` does not use vLLM's prefix cache: scoring costs the whole prefix every time.
+    ``prompt_logprobs_start`` is our own server's word (vLLM ignores it): there the prefix comes from the cache.
     """
 
     async def extend(self, ids: Sequence[int], ask: Ask) -> Turn:
@@ -138,7 +139,7 @@ class VLLMServer(Server):
         return _completed(choice, written, finish, ask.tops)
 
     async def score(self, ids: Sequence[int], start: int) -> list[float]:
-        body = _body(Ask(1)) | {"prompt": list(ids), "prompt_logprobs": 0}
+        body = _body(Ask(1)) | {"prompt": list(ids), "prompt_logprobs": 0, "prompt_logprobs_start": start}
         choice = await self._complete(body)
         try:
             entries = choice["prompt_logprobs"]

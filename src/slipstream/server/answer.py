@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -14,28 +14,21 @@ from starlette.responses import JSONResponse, Response
 from slipstream.server.door import Call
 from slipstream.server.errors import ApiError, refusing
 from slipstream.server.reply import chat_logprobs, completion_logprobs, prompt_logprobs
+from slipstream.server.scaled import Scale
 from slipstream.server.schemas import ChatRequest, CompletionRequest, parse_messages
 from slipstream.server.service import Job, Service
-from slipstream.server.streaming import EventStream, unless_gone
-from slipstream.types import Delta, SamplingParams
+from slipstream.server.streaming import EventStream, Template, sse, to_json, unless_gone
+from slipstream.types import Delta
 
-Chunks = AsyncGenerator[dict[str, Any], None]
-
-
-@dataclass
-class Scaled:
-    """What test-time scaling answers: the majority's text, thinking apart, the certificate, and tokens per model
-    (``{"draft": {"prompt_tokens": ..., "completion_tokens": ...}, "target": ...}``)."""
-
-    content: str
-    reasoning: str | None = None
-    certificate: dict[str, Any] = field(default_factory=dict)
-    usage: dict[str, dict[str, int]] = field(default_factory=dict)
+log = logging.getLogger("slipstream.server")
+Chunks = AsyncGenerator[bytes, None]
 
 
-# (messages, the request's ``scaling`` object, its sampling parameters) -> answer. ``ValueError`` is the client's
-# mistake, ``RuntimeError`` an engine's failure; cancelling the task cancels everything behind it.
-Scale = Callable[[list[dict[str, str]], dict[str, Any], SamplingParams], Awaitable[Scaled]]
+# Fields of a chat request that mean something where many chains give one answer; the others must be left out.
+WITH_SCALING = {
+    "scaling", "messages", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
+    "top_p", "seed",
+}  # fmt: skip
 
 
 class Answer:
@@ -70,24 +63,52 @@ class Answer:
         return {"id": f"{prefix}-{call.request_id}", "object": kind, "created": made, "model": self._service.name}
 
     async def _chunks(self, call: Call, body: CompletionRequest | ChatRequest, jobs: list[Job]) -> Chunks:
-        """The chunks of a stream. Tokens whose text is held back (half a character) make none, unless asked for."""
+        """The events of a stream, those of one moment in one chunk. Tokens whose text is held back (half a character)
+        make none, unless asked for."""
         frame = self._frame(call, body)
         if body.include_usage:
             frame["usage"] = None
-        keeps_all = body.return_token_ids or body.top_logprobs_wanted is not None
         if isinstance(body, ChatRequest):
-            for reply in jobs[0].replies:
-                opening = {"role": "assistant", "content": ""}
-                yield frame | {"choices": [{"index": reply.index, "delta": opening, "finish_reason": None}]}
-        is_first = True
-        async with aclosing(self._service.stream(call, jobs)) as deltas:
-            async for job, delta in deltas:
-                choice = self._choice(body, job, delta)
-                if choice.get("text") or choice.get("delta") or choice["finish_reason"] or keeps_all:
-                    yield frame | {"choices": [choice]} | (self._beside(body, jobs) if is_first else {})
-                    is_first = False
+            opening = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            yield b"".join([sse(frame | {"choices": [{"index": r.index, **opening}]}) for r in jobs[0].replies])
+        beside = self._beside(body, jobs)
+        async with aclosing(self._service.stream(call, jobs)) as bundles:
+            async for deltas in bundles:
+                events = []
+                for job, delta in deltas:
+                    if event := self._event(frame, body, job, delta, beside):
+                        events.append(event)
+                        beside = {}
+                if events:
+                    yield b"".join(events)
         if body.include_usage:
-            yield frame | {"choices": [], "usage": _usage(jobs)}
+            yield sse(frame | {"choices": [], "usage": _usage(jobs)})
+
+    def _event(
+        self,
+        frame: dict[str, Any],
+        body: CompletionRequest | ChatRequest,
+        job: Job,
+        delta: Delta,
+        beside: dict[str, Any],
+    ) -> bytes:
+        """A delta as an event, empty where there is nothing to show. Most deltas differ from the one before in text and
+        token ids only: they fill in a template, which is made of the first of them by the code for all others."""
+        reply, has_tables = job.replies[delta.index], body.top_logprobs_wanted is not None
+        is_plain = reply.num_tokens > 0 and not (has_tables or beside or delta.finish_reason)
+        holes = ["delta" if isinstance(body, ChatRequest) else "text", *(["token_ids"] * body.return_token_ids)]
+        if is_plain and reply.template is not None:
+            reasoning, text = reply.take(delta)
+            if not (reasoning or text or body.return_token_ids):
+                return b""
+            values = [to_json(_parts(reasoning, text) if isinstance(body, ChatRequest) else text)]
+            values += [str(list(delta.token_ids))] * body.return_token_ids
+            return bytes(reply.template.fill(values))
+        choice = self._choice(body, job, delta)
+        if is_plain:
+            reply.template = Template(frame | {"choices": [choice | dict.fromkeys(holes, Template.HOLE)]})
+        is_shown = choice[holes[0]] or delta.finish_reason or has_tables or body.return_token_ids
+        return sse(frame | {"choices": [choice]} | beside) if is_shown else b""
 
     # -- choices
 
@@ -119,13 +140,13 @@ class Answer:
     def _said(self, body: ChatRequest, job: Job, delta: Delta) -> dict[str, Any]:
         """In the shape of ``chat.completion`` or its chunks."""
         reasoning, text = job.replies[delta.index].take(delta)
-        said = {"reasoning": reasoning or None, "reasoning_content": reasoning or None, "content": text}
         table = None
         if body.logprobs:
             table = chat_logprobs(delta.token_ids, delta.logprobs or (), self._service.token_text, body.top_logprobs)
         if body.stream:
-            return {"delta": {part: text for part, text in said.items() if text}, "logprobs": table}
-        return {"message": {"role": "assistant", **said}, "logprobs": table}
+            return {"delta": _parts(reasoning, text), "logprobs": table}
+        said = {"role": "assistant", "reasoning": reasoning or None, "reasoning_content": reasoning or None}
+        return {"message": said | {"content": text}, "logprobs": table}
 
     def _beside(self, body: CompletionRequest | ChatRequest, jobs: list[Job]) -> dict[str, Any]:
         """What vLLM puts beside the choices of a chat."""
@@ -143,33 +164,56 @@ class Answer:
         if self._scale is None:
             raise ApiError(400, "scaling needs a draft model: start the server with --draft", param="scaling")
         self._service.check_model(body.model)
-        messages, params = parse_messages(body.messages), body.params(self._service.config)
+        fields, given = ChatRequest.model_fields, body.model_fields_set
+        if bad := [name for name in given - WITH_SCALING if getattr(body, name) != fields[name].default]:
+            raise ApiError(400, f"{bad[0]} cannot be asked together with scaling", param=bad[0])
+        body.params(self._service.config)  # refuses what no request may ask
+        options: dict[str, Any] = {n: getattr(body, n) for n in ("temperature", "top_p", "seed") if n in given}
+        options |= body.scaling or {}
+        messages, ids = parse_messages(body.messages), await self._service.encode_chat(body.messages, True, {})
         call: Call = http.scope["slipstream.call"]
-        self._service.gate.hold(call, 1, 1)
-        chunks = self._scaled_chunks(self._scale, call, body, messages, params)
+        with refusing("scaling"):
+            chains = self._scale.chains(options)
+        self._service.gate.hold(call, chains, chains * len(ids))
+        call.facts |= {"chains": chains, "prompt_tokens": len(ids)}
+        answer = self._scaled_answer(self._scale, call, body, messages, options)
         if body.stream:
-            return EventStream(chunks, self._service.config)
-        return JSONResponse(await unless_gone(http.receive, anext(chunks)))
+            return EventStream(_one_event(answer), self._service.config)
+        return JSONResponse(await unless_gone(http.receive, answer))
 
-    async def _scaled_chunks(
-        self, scale: Scale, call: Call, body: ChatRequest, messages: list[dict[str, str]], params: SamplingParams
-    ) -> Chunks:
-        """One chunk, which is the whole answer where it is not streamed."""
+    async def _scaled_answer(
+        self, scale: Scale, call: Call, body: ChatRequest, messages: list[dict[str, str]], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The whole answer, which is one chunk where it is streamed."""
         with refusing("scaling"):
             try:
-                result = await scale(messages, body.scaling or {}, params)
+                result = await scale(messages, options, body.max_tokens)
             except RuntimeError as error:
-                raise ApiError(500, f"test-time scaling failed: {error}", code="engine_error") from error
+                log.error("test-time scaling failed on request %s: %s", call.request_id, error)
+                raise ApiError(
+                    500, f"test-time scaling failed (request id {call.request_id})", code="engine_error"
+                ) from error
         self._service.certificate = result.certificate
         said: dict[str, Any] = {"role": "assistant", "content": result.content}
         said |= {"reasoning": result.reasoning, "reasoning_content": result.reasoning}
-        choice = {"index": 0, "delta" if body.stream else "message": said, "finish_reason": "stop"}
+        choice = {"index": 0, "delta" if body.stream else "message": said, "finish_reason": result.finish_reason}
+        call.facts["completion_tokens"] = sum(model.get("completion_tokens", 0) for model in result.usage.values())
         used: dict[str, Any] = {
             name: sum(model.get(name, 0) for model in result.usage.values())
             for name in ("prompt_tokens", "completion_tokens")
         }
         used |= {"total_tokens": sum(used.values()), "models": result.usage}
-        yield self._frame(call, body) | {"choices": [choice], "usage": used, "scaling": result.certificate}
+        return self._frame(call, body) | {"choices": [choice], "usage": used, "scaling": result.certificate}
+
+
+async def _one_event(answer: Awaitable[dict[str, Any]]) -> Chunks:
+    yield sse(await answer)
+
+
+def _parts(reasoning: str, text: str) -> dict[str, str]:
+    """What a chunk of a chat adds, under its names."""
+    parts = {"reasoning": reasoning, "reasoning_content": reasoning} if reasoning else {}
+    return parts | {"content": text} if text else parts
 
 
 def _usage(jobs: Sequence[Job]) -> dict[str, Any]:

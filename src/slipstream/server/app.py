@@ -7,6 +7,7 @@ import base64
 import hashlib
 import logging
 import math
+import os
 import re
 import socket
 import time
@@ -24,10 +25,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
 
 from slipstream.llm import LLM
-from slipstream.server.answer import Answer, Scale
+from slipstream.server.answer import Answer
 from slipstream.server.config import Keys, ServerConfig
-from slipstream.server.door import Door, log_to_stderr
+from slipstream.server.door import Door
 from slipstream.server.errors import ApiError, on_http_error, on_invalid
+from slipstream.server.logs import log_to_stderr
+from slipstream.server.scaled import Scale
 from slipstream.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from slipstream.server.service import Service
 
@@ -116,7 +119,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         if service.lost is not None:
-            raise ApiError(503, "the engine is lost: restart the server", code="engine_lost")
+            raise ApiError(503, f"the engine is lost, {service.lost}: restart the server", code="engine_lost")
         return {"status": "ok"}
 
     @app.get("/ready")
@@ -179,6 +182,13 @@ def make_server(llm: LLM, config: ServerConfig, scale: Scale | None = None) -> u
             timeout_graceful_shutdown=config.drain_s,
         )
     )
+
+
+def cap_caches() -> None:
+    """Bound what oneDNN and torch keep per shape of a matrix product on a CPU (1,024 kernels each by default, of about
+    0.1 MiB). They read the environment at the first product: call this before a model is loaded."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def serve(llm: LLM, config: ServerConfig, sock: socket.socket, scale: Scale | None = None) -> None:

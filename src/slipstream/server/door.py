@@ -1,11 +1,10 @@
-"""What every request passes first: its id, who may ask, how much may wait, how long a body may take. And the log."""
+"""What every request passes first: its id, who may ask, how much may wait, how long a body may take."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import binascii
-import json
 import logging
 import re
 import time
@@ -181,31 +180,3 @@ def _key_of(authorization: str) -> str:
         except (binascii.Error, ValueError):
             return ""
     return value.strip() if scheme.lower() == "bearer" else ""
-
-
-class LogLines(logging.Formatter):
-    """One line per record, JSON or ``key=value``; nothing that a client sends can begin a new one."""
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__()
-        self._as_json = as_json
-
-    def format(self, record: logging.LogRecord) -> str:
-        facts = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
-        facts |= {"message": record.getMessage(), **getattr(record, "facts", {})}
-        if record.exc_info:
-            facts["traceback"] = self.formatException(record.exc_info)
-        if self._as_json:
-            return json.dumps(facts, default=str)
-        traceback = facts.pop("traceback", None)
-        shown = " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in list(facts.items())[4:])
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock} {facts['level']} {json.dumps(facts['message'])[1:-1]} {shown}".rstrip()
-        return line if traceback is None else f"{line}\n{traceback}"
-
-
-def log_to_stderr(as_json: bool) -> None:
-    """Give the root logger our format, for our lines and the HTTP server's."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogLines(as_json))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from slipstream.server.logs import LogHandler
 from slipstream.types import RequestMetrics
 
 _FINE_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -102,6 +103,9 @@ class Metrics:
         }
         for name, value in named.items():
             yield self._family(name, value, name.endswith("_total"))
+        lost = CounterMetricFamily("slipstream_lost_log_lines", "That could not be written (a full disk, say).")
+        lost.add_metric([], LogHandler.lost)
+        yield lost
         for name, value in stats.items():
             if isinstance(value, (int, float)):
                 yield self._family(f"slipstream_{name}", value, name in _COUNTERS)

@@ -71,15 +71,23 @@ def _certain(text: str) -> str:
 class Reply:
     """A chain that grows. thinking: None where nothing is split off. codec: None for a model without a tokenizer."""
 
-    def __init__(self, index: int, codec: Codec | None, stop: Sequence[str], thinking: Thinking | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        codec: Codec | None,
+        stop: Sequence[str],
+        thinking: Thinking | None = None,
+        min_tokens: int = 0,
+    ) -> None:
         self.index, self._thinking = index, thinking
         self._codec = codec
-        self._text = StopText(codec, stop) if codec is not None else None
+        self._text = StopText(codec, stop, min_tokens) if codec is not None else None
         self._close = codec.tokenizer.convert_tokens_to_ids(CLOSE) if codec is not None and thinking else None
         self.num_tokens = self.num_reasoning = 0
         self._offset = 0  # characters before the next token
         self._half: list[int] = []  # tokens of a character that is not complete
         self.last_s: float | None = None  # when its last token came
+        self.template: Any = None  # of its plain chunks on a stream, once there was one
 
     def take(self, delta: Delta) -> tuple[str, str]:
         """What a delta adds to (reasoning, text)."""

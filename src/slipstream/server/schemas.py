@@ -17,7 +17,7 @@ from slipstream.types import SamplingParams, nearest
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
-    "logit_bias": ({},), "suffix": ("",), "min_tokens": (0,), "use_beam_search": (False,), "priority": (0,),
+    "logit_bias": ({},), "suffix": ("",), "use_beam_search": (False,), "priority": (0,),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
     "add_special_tokens": (True,), "return_tokens_as_token_ids": (False,), "bad_words": ([],), "tools": ([],),
     "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "documents": ([],),
@@ -82,6 +82,7 @@ class Asked(Body):
     top_k: int = 0
     min_p: float = 0.0
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop: str | list[str] = []
     stop_token_ids: list[int] = []
     seed: int | None = None
@@ -123,7 +124,7 @@ class Asked(Body):
                 n=self.n, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
                 max_tokens=self.max_tokens or None, stop=tuple(stop), stop_token_ids=tuple(self.stop_token_ids),
                 seed=self.seed, logprobs=self.top_logprobs_wanted, prompt_logprobs=self.prompt_logprobs,
-                ignore_eos=self.ignore_eos,
+                ignore_eos=self.ignore_eos, min_tokens=self.min_tokens,
             )  # fmt: skip
 
     @staticmethod

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
+
 from slipstream.llm import LLM, Request
 from slipstream.server.config import ServerConfig
 from slipstream.server.door import Call, Gate
@@ -19,12 +21,13 @@ from slipstream.server.errors import ApiError, refusing
 from slipstream.server.metrics import Metrics
 from slipstream.server.reply import OPEN, Reply, Thinking
 from slipstream.server.schemas import Asked, ChatRequest, CompletionRequest, parse_messages, parse_prompts
-from slipstream.server.streaming import merged
 from slipstream.text import Codec
 from slipstream.types import Delta
 
 log = logging.getLogger("slipstream.server")
 T = TypeVar("T")
+MANY_DEATHS = 8  # requests that die one after the other before the engine counts as lost
+MAX_PAUSE_S = 0.1  # a stream is never slower than this, however many there are
 SHORT_TEXT = 4096  # characters; tokenizing more is not the event loop's work
 
 
@@ -55,7 +58,8 @@ class Service:
         self.engine = llm.asynchronous()
         self.gate = Gate(config)
         self.metrics = Metrics(self.name, llm.stats)
-        self.lost: str | None = None  # why the engine is no more
+        self.streams = 0  # that are open
+        self._died = 0  # requests that died in the engine since one last came through
         self.certificate: dict[str, Any] | None = None  # of the last request with scaling
         try:
             self.codec: Codec | None = llm.codec
@@ -66,6 +70,15 @@ class Service:
 
     def _token_text(self, token: int) -> str:
         return f"token_id:{token}" if self.codec is None else self.codec.token_text(token)
+
+    @property
+    def lost(self) -> str | None:
+        """Why nothing can be served any more; None while something can. A device that is broken fails every step, and
+        the engine goes on trying: so many in a row are taken for that."""
+        failure = self.engine.failure
+        if failure is not None:
+            return f"its thread died of {type(failure).__name__}: {failure}"
+        return f"the last {self._died} requests died in a step" if self._died >= MANY_DEATHS else None
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -166,28 +179,42 @@ class Service:
             params, thinks = job.request.params, job.thinks
             for index in range(index, index + params.n):  # noqa: B020 - goes on where the job before ended
                 thinking = None if thinks is None else Thinking(thinks)
-                job.replies.append(Reply(index, self.codec, params.stop, thinking))
+                job.replies.append(Reply(index, self.codec, params.stop, thinking, params.min_tokens))
             index += 1
 
     # -- jobs to deltas
 
-    async def stream(self, call: Call, jobs: Sequence[Job]) -> AsyncGenerator[tuple[Job, Delta], None]:
-        """Tokens of all chains as they come."""
+    async def stream(self, call: Call, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[Job, Delta]], None]:
+        """Tokens of all chains as they come: bundles of what is new since the last, one delta a chain in each."""
+        job_of = {job.request: job for job in jobs}
+        self.streams += 1
         try:
-            async with aclosing(merged([(job, self.engine.events(job.request)) for job in jobs])) as events:
-                async for job, event in events:
-                    if event.delta is not None:
-                        reply, now = job.replies[event.delta.index], time.perf_counter()
+            async with aclosing(self.engine.events(*job_of, pause_s=self._pause_s)) as bundles:
+                async for events in bundles:
+                    deltas = [(job_of[event.request], event.delta) for event in events if event.delta is not None]
+                    if len(deltas) > 1:
+                        deltas = _joined(deltas)
+                    now = time.perf_counter()
+                    for job, delta in deltas:
+                        reply = job.replies[delta.index]
                         if reply.last_s is not None:
                             self.metrics.gap(now - reply.last_s)
                         reply.last_s = now
-                        yield job, self._count(job, event.delta)
-                    if event.finished:
-                        self._ended(call, job)
-                        if not job.request.generate:
-                            yield job, self._count(job, Delta(0, (), finish_reason="length"))
+                        self._count(job, delta)
+                    for event in events:
+                        if event.finished:
+                            deltas += self._ended(call, job_of[event.request])
+                    if deltas:
+                        yield deltas
         except RuntimeError as error:
             raise self._failure(call, jobs, error) from error
+        finally:
+            self.streams -= 1
+
+    def _pause_s(self) -> float:
+        """Between two chunks of one stream: what a chunk costs (a write to a socket above all) is a share of the time
+        that grows with the streams, unless they share what they may send."""
+        return min(MAX_PAUSE_S, self.streams / self.config.stream_rate)
 
     async def finish(self, call: Call, jobs: Sequence[Job]) -> list[tuple[Job, Delta]]:
         """Serve jobs to their ends: one delta per chain, with all of it."""
@@ -201,33 +228,53 @@ class Service:
                 task.cancel()
         deltas = []
         for job in jobs:
-            self._ended(call, job)
-            if not job.request.generate:
-                deltas.append((job, self._count(job, Delta(0, (), finish_reason="length"))))
+            deltas += self._ended(call, job)
             for c in job.request.completions:
                 logprobs = None if c.logprobs is None else tuple(c.logprobs)
                 delta = Delta(c.index, tuple(c.token_ids), logprobs, c.finish_reason, c.stop_reason)
-                deltas.append((job, self._count(job, delta)))
+                self._count(job, delta)
+                deltas.append((job, delta))
         return deltas
 
-    def _count(self, job: Job, delta: Delta) -> Delta:
+    def _count(self, job: Job, delta: Delta) -> None:
         before = job.replies[delta.index].num_tokens
         if before == 0 and delta.index == 0:
             self.metrics.began(len(job.request.prompt_ids))
         self.metrics.grew(len(delta.token_ids))
         if delta.finish_reason:
             self.metrics.chain_ended(delta.finish_reason, before + len(delta.token_ids))
-        return delta
 
-    def _ended(self, call: Call, job: Job) -> None:
+    def _ended(self, call: Call, job: Job) -> list[tuple[Job, Delta]]:
+        """A request is over. One that only scored its prompt has no chain to say so: here is its delta."""
+        self._died = 0
         self.metrics.ended(job.request.metrics)
         made = sum(len(completion.token_ids) for completion in job.request.completions)
         call.facts["completion_tokens"] = call.facts.get("completion_tokens", 0) + made
         call.facts.setdefault("ttft_s", job.request.metrics.ttft_s)
+        if job.request.generate:
+            return []
+        scored = Delta(0, (), finish_reason="length")
+        self._count(job, scored)
+        return [(job, scored)]
 
     def _failure(self, call: Call, jobs: Sequence[Job], error: RuntimeError) -> ApiError:
         """A step that died takes its requests with it; an engine that died takes everything."""
-        if all(job.request.error is None for job in jobs):
-            self.lost = str(error)
+        causes = [job.request.error for job in jobs if job.request.error is not None]
+        if not any(isinstance(cause, (MemoryError, torch.OutOfMemoryError)) for cause in causes):
+            self._died += 1  # too much for the memory says nothing about the next request
         log.error("the engine failed on request %s: %s", call.request_id, error)
         return ApiError(500, f"the engine failed on this request (request id {call.request_id})", code="engine_error")
+
+
+def _joined(deltas: Sequence[tuple[Job, Delta]]) -> list[tuple[Job, Delta]]:
+    """One delta per chain, with all of its tokens."""
+    chains: dict[tuple[Request, int], tuple[Job, list[Delta]]] = {}
+    for job, delta in deltas:
+        chains.setdefault((job.request, delta.index), (job, []))[1].append(delta)
+    return [(job, _sum(parts) if len(parts) > 1 else parts[0]) for job, parts in chains.values()]
+
+
+def _sum(parts: Sequence[Delta]) -> Delta:
+    ids = tuple([token for part in parts for token in part.token_ids])
+    logprobs = tuple([entry for part in parts for entry in part.logprobs or ()]) or None
+    return replace(parts[-1], token_ids=ids, logprobs=logprobs)

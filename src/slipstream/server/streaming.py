@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -16,12 +16,26 @@ from slipstream.server.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
-_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 def sse(payload: dict[str, Any]) -> bytes:
     """One event. JSON has no raw line break, so no text can end an event early."""
-    return b"data: " + _json(payload).encode() + b"\n\n"
+    return b"data: " + to_json(payload).encode() + b"\n\n"
+
+
+class Template:
+    """An event in which only what stands at ``HOLE`` differs: encoded once, filled in many times."""
+
+    HOLE = "\ue000hole\ue001"
+
+    def __init__(self, payload: dict[str, Any]) -> None:
+        self._parts = sse(payload).decode().split(to_json(self.HOLE))
+
+    def fill(self, values: Sequence[str]) -> bytes:
+        """values: JSON, one for each hole, in order."""
+        first, *parts = self._parts
+        return (first + "".join([value + part for value, part in zip(values, parts, strict=True)])).encode()
 
 
 async def gone(receive: Receive) -> None:
@@ -50,42 +64,8 @@ async def _stop(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def merged(streams: list[tuple[Any, Any]]) -> AsyncGenerator[tuple[Any, Any], None]:
-    """Items of several async generators as they come, each with its generator's key. One failure ends them all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0][1]) as only:
-            async for item in only:
-                yield streams[0][0], item
-        return
-    inbox: asyncio.Queue[tuple[Any, Any]] = asyncio.Queue()
-    end = object()
-
-    async def pump(key: Any, stream: Any) -> None:
-        async with aclosing(stream):
-            async for item in stream:
-                inbox.put_nowait((key, item))
-
-    def over(task: asyncio.Task[None]) -> None:
-        inbox.put_nowait((end, task))
-
-    tasks = [asyncio.create_task(pump(key, stream)) for key, stream in streams]
-    for task in tasks:
-        task.add_done_callback(over)
-    left = len(tasks)
-    try:
-        while left:
-            key, item = await inbox.get()
-            if key is end:
-                item.result()
-                left -= 1
-            else:
-                yield key, item
-    finally:
-        await _stop(*tasks)
-
-
 class EventStream(Response):
-    """``chunks`` as server-sent events, then ``[DONE]``. An error in the middle is an event like OpenAI's.
+    """``chunks`` (whole events), then ``[DONE]``. An error in the middle is an event like OpenAI's.
 
     ``chunks`` is closed, and with it the requests behind it, as soon as the client disconnects or has not read for
     ``stall_timeout_s``. A stream that is silent for ``keep_alive_s`` carries comments.
@@ -93,7 +73,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], config: ServerConfig) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], config: ServerConfig) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks, self._config = chunks, config
@@ -118,12 +98,8 @@ class EventStream(Response):
         last = b""
         try:
             async with aclosing(self._chunks) as chunks:
-                number = 0
                 async for chunk in chunks:
-                    await self._send(send, sse(chunk))
-                    number += 1
-                    if number % 32 == 0:  # neither a backlog of tokens nor an open socket makes a task wait
-                        await asyncio.sleep(0)
+                    await self._send(send, chunk)
         except ApiError as error:
             last = sse(error.body())
         await self._end(send, last)

@@ -27,12 +27,14 @@ Problem = Mapping[str, Any]
 @dataclass
 class Outcome:
     """What came of a run. events: of all its sessions, in order. majority: answer of each question's largest cluster,
-    and whether it is right. counters: tokens prefilled and found in the cache by each backend, in this session."""
+    and whether it is right. texts: what a chain of that cluster wrote (any chain, where none has an answer), of chains
+    of this session. counters: tokens prefilled and found in the cache by each backend, in this session."""
 
     config: ATTS
     certificate: Certificate
     events: list[Event]
     majority: dict[str, tuple[str | None, bool | None]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     counters: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -104,7 +106,8 @@ class Run:
             await self._run_all()
             counters = {side: b.counters() for side, b in zip(("draft", "target"), self._backends, strict=True)}
             majority = {question: await self._majority(question) for question in self._problems}
-            return Outcome(self.config, self._controller.certificate(), self._events, majority, counters)
+            texts = {question: await self._text(question) for question in self._problems}
+            return Outcome(self.config, self._controller.certificate(), self._events, majority, texts, counters)
         finally:
             if log is not None:
                 log.close()
@@ -247,7 +250,7 @@ class Run:
             if drafted is None:
                 return "failed"
             done = await self._is_done(chain, found, drafted.finish)
-            if done and not (config.test_answers and config.role == "both"):
+            if done and not (config.tests_answers and config.role == "both"):
                 return "answer"
             verdict = "accept" if config.role == "draft" else await self._stages.verify(chain, drafted, mark[TARGET])
             if verdict != "takeover":
@@ -318,6 +321,12 @@ class Run:
         if votes:
             return votes[0][0].answer, votes[0][0].correct
         return None, await self._correct(question, None)
+
+    async def _text(self, question: str) -> str:
+        votes = await self._votes(question)
+        ends = votes[0] if votes else self._ended[question]
+        contexts = [self._chains[question, end.sample].context for end in ends]
+        return next((context.text for context in contexts if context is not None), "")
 
     async def _settle(self, question: str) -> None:
         """Cancel a question's other chains when they cannot change its majority."""
