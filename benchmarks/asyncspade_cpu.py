@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=32, help="of 64 tokens, of all sparse arms: 128 are all of 8k")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--predictor", default="last", help="of both asyncspade arms")
@@ -43,7 +44,9 @@ def main() -> None:
     parser.add_argument("--kv-memory", default="768MiB")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
-    notes = {name: getattr(args, name) for name in ("context", "batch", "budget", "steps", "predictor", "transfer")}
+    notes = {
+        name: getattr(args, name) for name in ("context", "batch", "budget", "blocks", "steps", "predictor", "transfer")
+    }
     report = Report("asyncspade_cpu", notes={"model": MODEL, **notes})
     rank, address = start_rank(args.kv_memory)
     try:
@@ -55,7 +58,7 @@ def main() -> None:
 
 
 def measure(report: Report, args: argparse.Namespace, address: str) -> None:
-    sparse: dict[str, Any] = {"budget": args.budget, "min_context": args.budget}
+    sparse: dict[str, Any] = {"budget": args.budget, "min_context": args.budget, "blocks": args.blocks}
     ahead = {"method": "asyncspade", "predictor": args.predictor, **sparse}
     arms: dict[str, Any] = {
         "full": "full",

@@ -1,8 +1,8 @@
 """What does a slow link to the cache rank cost? One chain of the embedded target, the cache rank a process of its own.
 
-The link is paced at 100 Mbps, 1 and 10 Gbps (a token bucket in virtual time at the receivers, 0.1 ms each way), and once
-not at all; the rank sends indices, whole packed sets, or only what the other side lacks. Before any ratio: every arm
-gives the tokens of AsyncSpade in one process, lost no connection, and fell back on nothing. A point says how long a
+The link is paced at 100 Mbps, 1 and 10 Gbps (a token bucket in virtual time at the receivers, 0.1 ms each way), and
+once not at all; the rank sends indices, whole packed sets, or only what the other side lacks. Before any ratio: every
+arm gives the tokens of AsyncSpade in one process, lost no connection, and fell back on nothing. A point says how long a
 token took at the median, how much of that was waiting, and the bytes of a token each way (those of the prompt apart).
 
     OMP_NUM_THREADS=1 PYTHONPATH=src python benchmarks/asyncspade_network.py \

@@ -46,6 +46,7 @@ Done = dict[Arm, dict[int, dict[str, Any]]]  # arm -> seed -> what came of it
 SHAPES = ("problems", "operations", "samples", "turns", "tokens", "temperature")
 DRAFT: Arm = ("replace", "coin", "none", 0.0)
 TARGET: Arm = ("replace", "coin", "none", 1.0)
+FEW = 0.01  # of the scores may fail (a draft that wrote nothing, say) in an arm that the bars look at
 ENOUGH = 100  # problems from which on the realised rate must be alpha
 
 
@@ -80,7 +81,8 @@ def run_arm(arm: Arm, seed: int, problems: list[dict], models: list[LLM], args: 
     outcome = asyncio.run(Run(problems, *map(local, models), config).run())
     result, certificate = summary(outcome), outcome.certificate
     check(result["chains"] == len(problems) * args.samples, f"{arm}: chains were lost")
-    check(score == "grade" or not result["failures"], f"{arm}: {result['failures']}")
+    failed = sum(result["failures"].values())
+    check(score == "grade" or failed <= FEW * certificate.tests, f"{arm}: {result['failures']}")
     if 0 < alpha < 1 and args.problems >= ENOUGH and mode in ("per-question", "marginal"):
         check(abs(certificate.rate - alpha) < 0.01 and certificate.holds, f"{arm}: rate {certificate.rate}")
     chains: dict[str, list[Ended]] = defaultdict(list)
@@ -143,7 +145,7 @@ def against_coin(arm: Arm, done: Done) -> dict[str, float]:
 def row_of(arm: Arm, done: Done) -> dict[str, Any]:
     runs = done[arm]
     row: dict[str, Any] = {"takeover": arm[0], "mode": arm[1], "score": arm[2], "alpha": arm[3], "seeds": len(runs)}
-    row |= {name: mean_of(runs, name) for name in ("rate", "pass@1")} | {"maj": majority(runs)}
+    row |= {name: mean_of(runs, name) for name in ("rate", "tests", "pass@1")} | {"maj": majority(runs)}
     row |= {name: mean_of(runs, name) for name in ("target_tokens", "draft_tokens", "scored_tokens")}
     if any(run["failures"] for run in runs.values()):
         row["failed_scores"] = statistics.fmean(sum(run["failures"].values()) for run in runs.values())
@@ -166,7 +168,7 @@ def report_of(done: Done, settings: dict[str, Any], order: list[Arm]) -> Report:
     rows = [row_of(arm, done) for arm in order if done.get(arm)]
     for row in rows:
         report.point(**row)
-    scored = [row for row in rows if row["mode"] != "coin" and "failed_scores" not in row]
+    scored = [row for row in rows if row["mode"] != "coin" and row.get("failed_scores", 0) <= FEW * row["tests"]]
     own = [row for row in scored if (row["takeover"], row["mode"], row["score"]) == default]
     for name, found in (("default", own), ("best of all arms", scored)):
         beats = [(r["vs_coin"] / max(r["vs_coin_se"], 1e-9), r) for r in found if r["alpha"] <= 0.3 and "vs_coin" in r]

@@ -148,7 +148,7 @@ class Arm:
         """The backend's output is softmax attention over a full selection of distinct tokens, the newest in it."""
         self.backend.plan(step)
         out = self.backend.attend(0, q[0])
-        indices, counts = self.selector.select(0, q[0])
+        indices, counts, _ = self.selector.select(0, q[0])
         expected = min(self.config.budget, self.selector.attended(step.lengths_host[0]))
         check(bool((counts == expected).all()), f"counts {counts.unique().tolist()}, not {expected}")
         check(bool((indices.diff(dim=-1) > 0).all()), "a selection is not ascending")
@@ -181,7 +181,7 @@ class Arm:
 
         def attend(layer: int) -> None:
             sparse.sparse_attention(
-                q[layer], self.pool.k[layer], self.pool.v[layer], step.page_table, *choices[layer], SPEC.scale, out
+                q[layer], self.pool.k[layer], self.pool.v[layer], step.page_table, *choices[layer][:2], SPEC.scale, out
             )
 
         stages["score_us"] = self.score_us(step, q)

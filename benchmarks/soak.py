@@ -26,7 +26,8 @@ import torch
 from harness import Report, check
 
 from slipstream import LLM, SamplingParams
-from slipstream.build import ATTENTION
+from slipstream.build import ATTENTION, parse_attention
+from slipstream.kvcache.plan import parse_bytes
 from slipstream.server.app import cap_caches, make_server
 from slipstream.server.config import ServerConfig
 
@@ -108,8 +109,10 @@ def slope(points: list[tuple[int, float]]) -> float:
 
 def soak(method: str, args: argparse.Namespace, report: Report) -> None:
     dice = random.Random(args.seed)
-    options = {"max_model_len": 1600, "page_size": 16, "kv_memory": args.kv_memory, "device": args.device}
-    llm = LLM(args.model, attention=method, **options)
+    page_size = max(16, getattr(parse_attention(method), "block", 16))
+    options = {"max_model_len": 1600, "page_size": page_size, "device": args.device, "attention": method}
+    seats = LLM(args.model, **options).memory.fixed_bytes  # what a method keeps beside its pages
+    llm = LLM(args.model, **options, kv_memory=parse_bytes(args.kv_memory) + seats)
     prompts = [[dice.randrange(16, 1000) for _ in range(dice.choice(LENGTHS))] for _ in range(24)]
     alone = SamplingParams(temperature=0, max_tokens=max(TOKENS), ignore_eos=True)
     truth = {tuple(ids): llm.generate(ids, alone)[0].outputs[0].token_ids for ids in prompts}

@@ -216,7 +216,8 @@ def make_backend(
 ) -> AttentionBackend:
     """The method of ``config``, over ``dense`` where it is dense. A calibration without tokens is made on the way.
 
-    network: whose RoPE table, and whose projections, predictions are made with. stage: where prompts are attended, if KV is on the host.
+    network: whose RoPE table, and whose projections, predictions are made with. stage: where prompts are attended, if
+    KV is on the host.
     """
     if isinstance(config, Tova):
         return TovaBackend(pool, spec, dense, config, num_seats)
@@ -243,12 +244,16 @@ def make_backend(
         return AsyncSpadeBackend(pool, spec, index, config, dense, at, num_seats, predictor, online)
     if isinstance(config, AsyncTLS):
         assert index is not None
-        guess = Predictor(config, spec, num_seats, network.cos_sin, pool.device) if config.candidates == "predicted" else None
-        return assemble(
-            config, pool, spec, index, dense, at, num_seats, stage=stage, online=online, predictor=guess
-        )
+        predicts = config.candidates == "predicted"
+        guess = Predictor(config, spec, num_seats, network.cos_sin, pool.device) if predicts else None
+        return assemble(config, pool, spec, index, dense, at, num_seats, stage=stage, online=online, predictor=guess)
     selector = config.selector(pool, spec, index)
     return SparseBackend(pool, spec, index, selector, dense, at, config.dense_layers, config.unread, online)
+
+
+def talks_to_a_rank(config: Attention) -> bool:
+    """Whether steps wait for another process, which a captured step cannot."""
+    return isinstance(config, AsyncSpade) and config.cache_rank is not None
 
 
 def find_calibration(config: Attention, source: Any, identity: ModelIdentity, device: torch.device) -> Calibration:
@@ -355,7 +360,7 @@ def build(model: Any, chosen: Options) -> Parts:
         max_num_seqs=num_seats,
         max_batch_tokens=chosen.max_batch_tokens,
         overlap=device.type == "cuda" if chosen.overlap is None else chosen.overlap,
-        cuda_graphs=chosen.cuda_graphs,
+        cuda_graphs=chosen.cuda_graphs and not talks_to_a_rank(config),
         prefix_cache=chosen.prefix_cache,
         seed=chosen.seed,
     )

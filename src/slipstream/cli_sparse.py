@@ -159,7 +159,11 @@ def offload(
     if method not in ("full", "asynctls"):
         raise ValueError(f"bench offload measures asynctls, not {method}: leave --attention out")
     options = {"min_context": 0, **options}
-    rows = offload_rows(lambda attention: load(model, {**engine, "attention": attention}), options, batch, context, steps)
+
+    def make(attention: Any) -> Any:
+        return load(model, {**engine, "attention": attention})
+
+    rows = offload_rows(make, options, batch, context, steps)
     print_table("decode with KV on the host", rows)
     write_result({"benchmark": "offload", "model": model, "options": options, "points": rows}, json_out)
 

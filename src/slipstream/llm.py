@@ -239,7 +239,7 @@ class LLM:
         return self._asynchronous
 
     def close(self) -> None:
-        """Stop the asynchronous face, if there is one, and let go of a cache rank. The engine itself holds memory only."""
+        """Stop the asynchronous face, and let go of a cache rank, if there is one. The engine holds memory only."""
         if self._asynchronous is not None:
             self._asynchronous.close()
             self._asynchronous = None

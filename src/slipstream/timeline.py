@@ -21,6 +21,7 @@ import torch
 
 from slipstream import overlap
 from slipstream.asyncspade.feed import Feed
+from slipstream.asyncspade.foresight import ForesightBackend
 from slipstream.benchmark import decoding
 from slipstream.kernels import ops, predict, sparse
 from slipstream.llm import LLM
@@ -81,7 +82,10 @@ def trace(llm: LLM, batch: int, context: int, steps: int) -> list[Span]:
     origin = spans[0].start_us
     for one in spans:
         one.start_us -= origin
-    dense = getattr(llm.engine.backend, "dense_layers", 0)
+    backend = llm.engine.backend
+    dense = getattr(backend, "dense_layers", 0)
+    if isinstance(backend, ForesightBackend):
+        _tell_apart([one for one in spans if one.kind == "rope"], llm.spec.num_layers - dense, dense)
     _number([one for one in spans if one.row == "main"], "rope", llm.spec.num_layers, 0)
     ahead = [one for one in spans if one.row == "ahead"]
     chosen = [one for one in ahead if one.kind != "index"]  # not every step extends the index
@@ -90,6 +94,14 @@ def trace(llm: LLM, batch: int, context: int, steps: int) -> list[Span]:
         if one.kind == "index":
             one.step, one.layer = after.step, after.layer
     return spans + (_stalls(spans) if llm.device.type == "cuda" else [])
+
+
+def _tell_apart(ropes: Sequence[Span], layers: int, offset: int) -> None:
+    """Foreseen queries are turned by the op that turns true ones: before each sparse layer's own but the first's."""
+    for at, one in enumerate(ropes):
+        behind = at % (2 * layers - 1 + offset) - offset
+        if behind > 0 and behind % 2 == 1:
+            one.row, one.kind = "ahead", "predict"
 
 
 def _record_device(work: Callable[[], Any]) -> list[Span]:

@@ -94,6 +94,10 @@ class Proxy:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
+        with suppress(OSError, ValueError):  # the listener is closed
+            self._accept()
+
+    def _accept(self):
         while self._open:
             if not select.select([self._listener], [], [], 0.1)[0]:
                 continue

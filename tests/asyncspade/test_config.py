@@ -32,7 +32,7 @@ def test_every_option_has_a_help_and_those_of_two_level_its_default():
     ({"late": "never"}, "late 'never' is unknown"),
     ({"repair": "fix"}, "repair 'fix' is unknown"),
     ({"window": 0}, "window must be an integer of at least 1, got 0"),
-    ({"window": 129}, "predictor 'ridge' takes a window of at most 128 queries, got 129"),
+    ({"predictor": "ridge", "window": 129}, "predictor 'ridge' takes a window of at most 128 queries, got 129"),
     ({"ridge": -0.1}, "ridge must be a number of at least 0, got -0.1"),
     ({"beta": float("inf")}, "beta must be a number of at least 0, got inf"),
     ({"decay": 1.0}, "decay must be below 1, got 1.0"),
@@ -59,16 +59,16 @@ def test_refusals(given, words):
 
 
 def test_what_selects_leaves_room_for_what_it_cannot_know():
-    ahead = AsyncSpade(budget=100, recent=20, block=16, blocks=9)
+    ahead = AsyncSpade(budget=100, recent=20, block=16, blocks=9, predictor="ridge")
     assert ahead.inner() == TwoLevel(budget=99, recent=19, block=16, blocks=9) and ahead.is_ahead
     assert ahead.inner(0) == TwoLevel(budget=100, recent=20, block=16, blocks=9)
     oracle = dataclasses.replace(ahead, predictor="oracle")
     assert oracle.inner() == ahead.inner(0) and oracle.spare == 0
     by_keys = AsyncSpade(budget=100, recent=1, scoring="keys", aggregate="sum", dense_layers=2)
     assert by_keys.inner() == Oracle(budget=99, recent=0, dense_layers=2) and by_keys.index is None
-    assert ahead.index == TwoLevel(block=16).index and AsyncSpade().unread == 63
+    assert ahead.index == TwoLevel(block=16).index and AsyncSpade(predictor="last").unread == 63
     stale = AsyncSpade(cache_rank="host:1", late="stale", max_stale=3)
-    assert stale.spare == 4 and AsyncSpade(late="stale", max_stale=3).spare == 1
+    assert stale.spare == 4 and AsyncSpade(predictor="last", late="stale", max_stale=3).spare == 1
     with pytest.raises(ValueError, match="blocks of 64 tokens do not divide a page of 16"):
         AsyncSpade().check_page_size(16)
 
@@ -83,7 +83,7 @@ def test_it_is_a_method_like_any_other():
 
 def test_bytes_of_a_seat():
     """Windows in the model's dtype, sets in int32, and the predicted queries where they are checked."""
-    config = AsyncSpade(budget=100, recent=20, window=8)
+    config = AsyncSpade(budget=100, recent=20, window=8, predictor="ridge")
     windows, sets, facts = 3 * 8 * 4 * 16 * 2, 3 * 2 * 4 * 101, 8 + 16
     assert AsyncSpadeBackend.seat_bytes(config, SPEC) == windows + sets + facts
     checked = dataclasses.replace(config, confidence=0.5)
@@ -94,8 +94,17 @@ def test_bytes_of_a_seat():
 def test_a_latent_cache_is_refused_where_queries_would_be_turned():
     latent = dataclasses.replace(SPEC, value_dim=8)
     with pytest.raises(ValueError, match="set rotate=False, or use two_level"):
+        AsyncSpade(channels=8, predictor="ridge").check_model(latent)
+    AsyncSpade(channels=8, predictor="ridge", rotate=False).check_model(latent)
+    with pytest.raises(ValueError, match="'residual' is not there for a latent cache"):
         AsyncSpade(channels=8).check_model(latent)
-    AsyncSpade(channels=8, rotate=False).check_model(latent)
+
+
+def test_what_auto_means():
+    """By depth where that is possible."""
+    assert AsyncSpade().predictor == "residual"
+    for more in ({"aggregate": "sum"}, {"confidence": 0.5}, {"cache_rank": "host:1"}):
+        assert AsyncSpade(**more).predictor == "analog"
 
 
 def test_a_predictor_file_must_be_there(tmp_path, tiny):

@@ -115,7 +115,7 @@ def test_what_it_cannot_be_told():
 
 
 def test_the_embedded_draft():
-    llm = LLM("slipstream-draft", attention={"method": "asyncspade", "predictor": "residual", "budget": 96, "recent": 64})
+    llm = LLM("slipstream-draft", attention={"method": "asyncspade", "budget": 96})
     assert isinstance(llm.engine.backend, ForesightBackend)
 
 
@@ -130,9 +130,7 @@ def test_captured_steps_give_the_tokens_of_eager_ones_and_of_any_lane(measure):
         network, pool, spec = engine.runner._model, engine.runner._pool, engine.spec
         index, dense = KeyIndex(pool, config.index), DenseBackend(pool, spec)
         backend = ForesightBackend(pool, spec, index, config, dense, 40, network.foresight(), None, lane)
-        return Engine(
-            network, spec, pool, backend, EngineConfig(max_num_seqs=12, cuda_graphs=capture, overlap=overlap)
-        )
+        return Engine(network, spec, pool, backend, EngineConfig(max_num_seqs=12, cuda_graphs=capture, overlap=overlap))
 
     expected = serve_cuda(make(InlineLane(), False, False), cuda_requests(11))
     for lane, capture, overlap in ((None, False, False), (InlineLane(), True, True), (None, True, True)):

@@ -258,6 +258,22 @@ def test_a_draft_that_writes_nothing_is_not_accepted_silently():
     assert of(outcome, TakenOver)
 
 
+def test_a_bare_end_token_after_an_answer_is_no_turn_to_test():
+    """The answer came with the turn before, cut right behind it; the next turn is the end token alone."""
+
+    class Late(Model):
+        def write(self, ids, ask):
+            turn = super().write(ids, ask)
+            if bytes(ids).endswith(b"}"):
+                return Turn([], 0, "stop", 0.0)
+            return Turn(turn.ids, turn.tokens, "length", turn.logprob)
+
+    options = SMALL | {"takeover": "replace", "min_turns": 5}
+    outcome, *_ = scale(ATTS(**options), draft=Late("draft"), target=Late("target"))
+    assert any(not e.ids for e in of(outcome, Drafted)) and not of(outcome, Failed)
+    assert {e.reason for e in of(outcome, Ended)} == {"answer"}
+
+
 # -- budgets
 
 

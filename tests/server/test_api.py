@@ -1,6 +1,8 @@
 """The routes as their users know them: an unmodified ``openai`` client, lm_eval's and vLLM's requests, plain HTTP."""
 
 import asyncio
+import json
+from dataclasses import fields
 
 import openai
 import pytest
@@ -8,7 +10,7 @@ from live_server import wait_until
 
 from slipstream import tasks
 from slipstream.atts.config import ATTS
-from slipstream.server.scaled import Scaled, Scaler
+from slipstream.server.scaled import OPTIONS, Scaled, Scaler
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,32 @@ def test_lm_eval_asks_for_likelihoods(live):
     only = live.completions(**body | {"max_tokens": 0}, echo=True)
     assert only["choices"][0]["logprobs"]["token_logprobs"] == table["token_logprobs"][:-1]
     assert only["usage"]["completion_tokens"] == 0 and only["choices"][0]["text"] == "add sub max min mul"
+
+
+def test_vllm_bench_serve_asks_and_reads(live):
+    """The body of its ``async_request_openai_completions`` (and of the chat one), read as it reads: line by line,
+    comments skipped, text from the first choice, the number of tokens from the chunk without choices."""
+    body = {
+        "model": "slipstream-draft", "prompt": "add sub max", "temperature": 0.0, "repetition_penalty": 1.0,
+        "max_tokens": 9, "logprobs": None, "stream": True, "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }  # fmt: skip
+    chat = {name: value for name, value in body.items() if name not in ("prompt", "max_tokens")}
+    parts = [{"type": "text", "text": "add sub max"}]
+    chat |= {"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 9, "logprobs": None}
+    for path, asked in (("/v1/completions", body), ("/v1/chat/completions", chat)):
+        text, tokens = "", 0
+        with live.http.stream("POST", path, json=asked, headers={"Authorization": "Bearer None"}) as reply:
+            assert reply.status_code == 200
+            for line in filter(None, reply.iter_lines()):
+                if line.startswith(":") or (data := line.removeprefix("data: ")) == "[DONE]":
+                    continue
+                chunk = json.loads(data)
+                if choices := chunk.get("choices"):
+                    text += choices[0].get("text") or choices[0].get("delta", {}).get("content") or ""
+                elif usage := chunk.get("usage"):
+                    tokens = usage.get("completion_tokens")
+        assert tokens == 9 and (text or "chat" in path)  # a chat that thinks shows no content yet
 
 
 def test_prompt_logprobs_reuse_the_prefix_cache(live):
@@ -320,6 +348,7 @@ def test_a_draft_and_a_target_answer_a_chat(scaled, draft_model):
 
 
 def test_scaling_refuses_what_it_cannot_do(scaled):
+    assert set(OPTIONS) < {option.name for option in fields(ATTS)}
     path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": "add"}]}
     for options, text in (
         ({"samples": 9}, "limit of 8"), ({"samples": "4"}, "must be a int"), ({"alpha": 2}, "alpha"),

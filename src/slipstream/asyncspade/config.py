@@ -11,7 +11,7 @@ from slipstream.selection.selector import Budgeted, one_of, option
 from slipstream.selection.two_level import TwoLevel
 from slipstream.types import ModelSpec, options
 
-PREDICTORS = ("ridge", "analog", "last", "mean", "ema", "mlp", "oracle", "residual")
+PREDICTORS = ("auto", "ridge", "analog", "last", "mean", "ema", "mlp", "oracle", "residual")
 SCORINGS = {"index": TwoLevel, "keys": Oracle}
 LANES = ("auto", "inline", "thread", "stream")
 TRANSFERS = ("indices", "packed", "delta")
@@ -30,11 +30,13 @@ class AsyncSpade(Budgeted):
     """
 
     predictor: str = option(
-        "ridge", "guesses the next query: 'ridge', 'analog', 'last', 'mean', 'ema', 'mlp', 'oracle'; 'residual'"
+        "auto",
+        "guesses the next query: 'residual' from the layer below; 'ridge', 'analog', 'last', 'mean', 'ema', 'mlp' from "
+        "earlier steps; 'oracle'; 'auto': 'residual' on one device, else 'analog'",
     )
-    window: int = option(64, "latest queries that a prediction sees, per layer and head")
+    window: int = option(128, "latest queries that a prediction sees, per layer and head")
     ridge: float = option(0.1, "predictor 'ridge': lambda, relative to the mean square of a query")
-    beta: float = option(30.0, "predictor 'analog': how sharply it prefers moments like this one")
+    beta: float = option(10.0, "predictor 'analog': how sharply it prefers moments like this one")
     decay: float = option(0.5, "predictor 'ema': weight of the average so far, in [0, 1)")
     predictor_file: str | None = option(None, "predictor 'mlp': its weights, from `slipstream train-predictor`")
     rotate: bool = option(True, "predict queries before RoPE, then turn them to their position; False: as they are")
@@ -66,6 +68,8 @@ class AsyncSpade(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("predictor", self.predictor, PREDICTORS)
+        if self.predictor == "auto":
+            object.__setattr__(self, "predictor", "residual" if self._can_foresee else "analog")
         one_of("scoring", self.scoring, SCORINGS)
         one_of("lane", self.lane, LANES)
         one_of("transfer", self.transfer, TRANSFERS)
@@ -84,10 +88,10 @@ class AsyncSpade(Budgeted):
             raise ValueError(f"confidence is a cosine, in [-1, 1], got {self.confidence!r}")
         if (self.predictor == "mlp") != (self.predictor_file is not None):
             raise ValueError("predictor 'mlp' and predictor_file go together: it reads what train-predictor wrote")
-        if self.predictor == "residual" and (self.aggregate != "peak" or self.confidence is not None or self.is_remote):
+        if self.predictor == "residual" and not self._can_foresee:
             raise ValueError(
-                "predictor 'residual' selects before the newest key is there, and in time for one device only: it needs "
-                "aggregate='peak', and neither a confidence nor a cache rank elsewhere"
+                "predictor 'residual' selects before the newest key is there, and in time for one device only: it "
+                "needs aggregate='peak', and neither a confidence nor a cache rank elsewhere"
             )
         if self.predictor == "oracle" and (self.confidence is not None or self.measure):
             raise ValueError("predictor 'oracle' is never wrong: confidence and measure mean nothing to it")
@@ -100,7 +104,9 @@ class AsyncSpade(Budgeted):
     def _check_rank(self) -> None:
         """What cannot be done from afar."""
         if not self.is_ahead or self.confidence is not None or self.measure:
-            raise ValueError("predictor 'oracle', confidence and measure need the keys at hand: drop cache_rank, cache_device")
+            raise ValueError(
+                "predictor 'oracle', confidence and measure need the keys at hand: drop cache_rank and cache_device"
+            )
         if self.cache_device is not None and (self.transfer != "indices" or self.late != "wait"):
             raise ValueError("a cache_device sends indices, in time: transfer and late are for a cache_rank")
         if self.transfer != "indices" and self.dense_layers:
@@ -111,8 +117,12 @@ class AsyncSpade(Budgeted):
         self.inner(self.spare)
 
     @property
+    def _can_foresee(self) -> bool:
+        return self.aggregate == "peak" and self.confidence is None and not self.is_remote
+
+    @property
     def is_ahead(self) -> bool:
-        """Whether sets are made a step ahead. The oracle's and the residual's are made in the step that they are for."""
+        """Whether sets are made a step ahead; the oracle's and the residual's are made in their own step."""
         return self.predictor not in ("oracle", "residual")
 
     @property
@@ -145,5 +155,7 @@ class AsyncSpade(Budgeted):
 
     def check_model(self, spec: ModelSpec) -> None:
         super().check_model(spec)
+        if spec.value_dim is not None and self.predictor == "residual":
+            raise ValueError("predictor 'residual' is not there for a latent cache: use two_level")
         if spec.value_dim is not None and self.rotate and self.is_ahead:
             raise ValueError("a latent cache has queries that are rotated in part: set rotate=False, or use two_level")

@@ -1,4 +1,4 @@
-"""The cache rank as a second device of this process: its own copy of the keys, its own index and windows (paper, sec. 3).
+"""The cache rank as a second device of this process: it has a copy of the keys, the index and the windows.
 
 The inference device keeps all keys and values; what comes back is indices. So attention is that of one device, and only
 the work ahead moves: per layer the new keys and the queries go over, a set comes back, both by peer copies on streams

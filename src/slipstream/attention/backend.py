@@ -70,6 +70,7 @@ class AttentionBackend(Protocol):
 
     def close(self) -> None:
         """Let go of what is outside this process; a later step gets it back."""
+        return None
 
     def stats(self) -> Mapping[str, float]:
         """Counters and gauges, merged into ``Engine.stats()``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
@@ -17,39 +18,49 @@ News = Event | BaseException
 
 
 class _Listener:
-    """Who waits, on ``loop``, for some requests: all their news, or only their ends. Used on that loop alone."""
+    """Who waits, on ``loop``, for some requests: all their news, or only their ends.
+
+    The engine's thread puts news in; the rest happens on the loop, which is not woken for what a listener that rests
+    will find anyway. Law: whoever puts looks at ``_rests`` last, whoever waits looks at the news last.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, wants_all: bool) -> None:
         self.loop, self.wants_all = loop, wants_all
-        self._news: list[News] = []
-        self._has_end = False
-        self._waiter: asyncio.Future[None] | None = None  # of whoever waits for news
-        self._sleeper: asyncio.Future[None] | None = None  # of whoever waits for time to pass, or an end
+        self._news: deque[News] = deque()
+        self._has_end = self._rests = False
+        self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, news: News) -> None:
+    def put(self, news: News) -> bool:
+        """Keep news; whether :meth:`wake` has to be called on the loop."""
         self._news.append(news)
         if isinstance(news, BaseException) or news.finished:
             self._has_end = True
-            _wake(self._sleeper)
-        _wake(self._waiter)
+        return self._has_end or not self._rests
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def take(self) -> list[News]:
         """Everything since the last time; waits for the first."""
-        if not self._news:
+        while not self._news:
             self._waiter = self.loop.create_future()
             await self._waiter
-        taken, self._news, self._has_end = self._news, [], False
-        return taken
+        self._has_end = False
+        return [self._news.popleft() for _ in range(len(self._news))]
 
     async def rest(self, seconds: float) -> None:
         """Let news gather for so long; an end is not waited with."""
-        if seconds > 0 and not self._has_end:
-            self._sleeper = self.loop.create_future()
-            timer = self.loop.call_later(seconds, _wake, self._sleeper)
-            try:
-                await self._sleeper
-            finally:
-                timer.cancel()
+        if seconds <= 0:
+            return
+        self._waiter, self._rests = self.loop.create_future(), True
+        timer = self.loop.call_later(seconds, self.wake)
+        try:
+            if not self._has_end:
+                await self._waiter
+        finally:
+            self._rests = False
+            timer.cancel()
 
 
 class AsyncEngine:
@@ -223,7 +234,7 @@ class AsyncEngine:
         return True
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        """Wake each event loop once, with all its news."""
+        """Hand the news over, and wake each event loop on which somebody waits for them, once."""
         bundles: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, News]]] = {}
         with self._lock:
             for event in events:
@@ -232,14 +243,14 @@ class AsyncEngine:
                     continue
                 if event.finished:
                     del self._listeners[event.request.request_id]
-                if event.finished or listener.wants_all:
+                if (event.finished or listener.wants_all) and listener.put(event):
                     bundles.setdefault(listener.loop, []).append((listener, event))
         for loop, bundle in bundles.items():
             self._post(loop, bundle)
 
     def _post(self, loop: asyncio.AbstractEventLoop, bundle: Sequence[tuple[_Listener, News]]) -> None:
         try:
-            loop.call_soon_threadsafe(_put_all, bundle)
+            loop.call_soon_threadsafe(_wake_all, bundle)
         except RuntimeError:  # the loop is closed: nobody will ever ask
             for _, news in bundle:
                 if isinstance(news, Event):
@@ -252,6 +263,7 @@ class AsyncEngine:
             listeners = list(self._listeners.values())
             self._listeners.clear()
         for listener in listeners:
+            listener.put(reason)
             self._post(listener.loop, [(listener, reason)])
 
 
@@ -259,14 +271,9 @@ class _Closed(RuntimeError):
     """The end that was asked for."""
 
 
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
-
-
-def _put_all(bundle: Sequence[tuple[_Listener, News]]) -> None:
-    for listener, news in bundle:
-        listener.put(news)
+def _wake_all(bundle: Sequence[tuple[_Listener, News]]) -> None:
+    for listener, _ in bundle:
+        listener.wake()
 
 
 def _until_error(news: Sequence[News]) -> tuple[list[Event], RuntimeError | None]:

@@ -26,6 +26,7 @@ DENSE_PROGRAMS_PER_PROCESSOR = 1
 SPARSE_STAGES = 2
 SPARSE_PROGRAMS_PER_PROCESSOR = 1
 SMALLEST_SPLIT, LARGEST_SPLIT = 32, 512  # selected tokens of one program
+MERGE_TILE = 16
 
 
 @triton.jit
@@ -243,6 +244,8 @@ def _split_kernel(
 
 def shape_of(q: Tensor, value_dim: int) -> dict[str, int]:
     """Sizes that every kernel of a latent cache needs, without the tile's."""
+    whole = q.shape[-1] * q.element_size() % 16 == 0
+    assert whole or not q.is_cuda, f"a device reads rows 16 bytes at a time, and {q.shape[-1]} columns are not that"
     num_q, dim = q.shape[1:]
     return {
         "NUM_Q": num_q,
@@ -296,7 +299,7 @@ def decode_attention(
     )  # fmt: skip
     triton_decode._merge_kernel[(requests, num_q)](
         lengths, out, piece, lse, programs, requests, GROUP=num_q, DIM=value_dim, BLOCK_B=block_b,
-        BLOCK_D=shape["BLOCK_V"], BLOCK_N=tile, BLOCK=triton_sparse.MERGE_TILE, KEEP=keep,
+        BLOCK_D=shape["BLOCK_V"], BLOCK_N=tile, BLOCK=MERGE_TILE, KEEP=keep,
         **launch_options(q, num_warps=4),
     )  # fmt: skip
     return out
@@ -354,6 +357,6 @@ def sparse_attention(
     if splits > 1:
         triton_sparse._merge_kernel[(requests * num_q,)](
             counts, rows, out, piece, lse, split, splits, NUM_KV=1, GROUP=num_q, DIM=value_dim,
-            BLOCK_D=block_size(value_dim, smallest=16), BLOCK=triton_sparse.MERGE_TILE,
+            BLOCK_D=block_size(value_dim, smallest=16), BLOCK=MERGE_TILE,
             **launch_options(q, num_warps=4),
         )  # fmt: skip

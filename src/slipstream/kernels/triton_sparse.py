@@ -21,7 +21,7 @@ TILE_BYTES = 32768  # of the keys, and of the values, that are attended at once
 SMALLEST_SPLIT, LARGEST_SPLIT = 32, 512  # selected tokens of one program
 STAGES = 2
 WARPS = 4
-MERGE_TILE = 16
+MERGE_TILE = 32
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from slipstream.server.service import Service
 
 log = logging.getLogger("slipstream.server")
 PAGE = Path(__file__).with_name("page.html")
+LAST_WORDS_S = 5.0  # for answers to requests that a shutdown cancels
 
 
 def create_app(llm: LLM, config: ServerConfig | None = None, scale: Scale | None = None) -> FastAPI:
@@ -48,6 +49,9 @@ def create_app(llm: LLM, config: ServerConfig | None = None, scale: Scale | None
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        until = time.monotonic() + LAST_WORDS_S
+        while service.gate.chains and time.monotonic() < until:
+            await asyncio.sleep(0.01)  # who was cancelled just now is still to be told
         await asyncio.to_thread(llm.close)
 
     app = FastAPI(title="Slipstream", lifespan=lifespan, docs_url=None, redoc_url=None)

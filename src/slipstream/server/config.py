@@ -38,7 +38,7 @@ class ServerConfig:
     body_timeout_s: float = _option(30.0, "a request body that takes longer to arrive is refused")
     keep_alive_s: float = _option(15.0, "a stream that is silent for so long gets a comment")
     stall_timeout_s: float = _option(60.0, "a client that does not read its stream for so long is cut off")
-    stream_rate: int = _option(500, "chunks per second of all streams; beyond, a chunk holds several tokens")
+    stream_rate: int = _option(300, "chunks per second of all streams; beyond, a chunk holds several tokens")
     drain_s: int = _option(30, "after SIGTERM, running requests have so long to end")
 
     def __post_init__(self) -> None:

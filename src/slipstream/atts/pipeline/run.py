@@ -250,7 +250,8 @@ class Run:
             if drafted is None:
                 return "failed"
             done = await self._is_done(chain, found, drafted.finish)
-            if done and not (config.tests_answers and config.role == "both"):
+            tested = config.tests_answers and config.role == "both" and drafted.ids  # a bare end token is no turn
+            if done and not tested:
                 return "answer"
             verdict = "accept" if config.role == "draft" else await self._stages.verify(chain, drafted, mark[TARGET])
             if verdict != "takeover":
