@@ -9,7 +9,8 @@ gated = {"budget": BUDGET, "min_context": BUDGET, "blocks": 16}  # sparse as soo
 
 for attention in (
     TwoLevel(**gated),
-    AsyncSpade(**gated, predictor="last"),  # the query before, turned to the next position
+    AsyncSpade(**gated, measure=8),  # in depth: what the layer below lets foresee, the token just drawn included
+    AsyncSpade(**gated, predictor="last"),  # in time: the query before, turned to the next position
     AsyncSpade(**gated, predictor="analog", window=128, measure=8),
     # Heads whose query came out unlike its prediction attend to everything, in this step only.
     AsyncSpade(**gated, predictor="analog", window=128, measure=8, confidence=0.5),
