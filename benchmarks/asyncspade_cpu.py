@@ -1,7 +1,8 @@
 """Does a cache rank in a second process pay on a CPU? Decode steps of the embedded target at 8k tokens, against full.
 
 The engine attends to sets that the other process (``slipstream cache-rank``) selects; full attention and synchronous
-two-level selection run in the same process, in turns with it. ``one process`` is AsyncSpade with its work in line.
+two-level selection run in the same process, in turns with it. ``one process`` is AsyncSpade with its work in line, ``in
+depth`` the same with queries foreseen from the layer below.
 
     PYTHONPATH=src python benchmarks/asyncspade_cpu.py --json benchmarks/results/cpu/asyncspade_cpu.json
 """
@@ -63,6 +64,7 @@ def measure(report: Report, args: argparse.Namespace, address: str) -> None:
     arms: dict[str, Any] = {
         "full": "full",
         "two_level": {"method": "two_level", **sparse},
+        "in depth": ahead | {"predictor": "auto"},
         "one process": ahead,
         "two processes": ahead | {"cache_rank": address, "transfer": args.transfer},
     }
