@@ -81,7 +81,8 @@ class ForesightBackend(SparseBackend):
         lane: Lane | None = None,
     ) -> None:
         self.config, self._foresee = config, foresee
-        self.lane = make_lane(config.lane, pool.device) if lane is None else lane
+        # The layer waits for its choice, which therefore goes before the products that it runs beside.
+        self.lane = make_lane(config.lane, pool.device, priority=-2) if lane is None else lane
         self._counters = torch.zeros(2, dtype=torch.int64, device=pool.device)
         on_cuda = pool.device.type == "cuda"
         self._counters_host = torch.zeros(2, dtype=torch.int64, pin_memory=True) if on_cuda else self._counters

@@ -10,8 +10,9 @@ import torch
 from slipstream.overlap import InlineLane, Lane, StreamLane, ThreadLane
 
 
-def make_lane(kind: str, device: torch.device) -> Lane:
-    """``ValueError`` for a lane that the device does not have."""
+def make_lane(kind: str, device: torch.device, priority: int = 0) -> Lane:
+    """priority: of a stream; the step's own has -1, lower numbers go first. ``ValueError`` for a lane that the device
+    does not have."""
     on_cuda = device.type == "cuda"
     if kind == "auto":
         kind = "stream" if on_cuda else "inline"
@@ -19,7 +20,7 @@ def make_lane(kind: str, device: torch.device) -> Lane:
         raise ValueError(f"lane='stream' needs an NVIDIA GPU; this engine runs on {device}: use 'inline' or 'thread'")
     if kind == "thread" and on_cuda:
         raise ValueError("lane='thread' cannot be part of a captured step: use 'stream' on a GPU")
-    return StreamLane(device) if kind == "stream" else ThreadLane("asyncspade") if kind == "thread" else InlineLane()
+    return StreamLane(device, priority) if kind == "stream" else ThreadLane("asyncspade") if kind == "thread" else InlineLane()
 
 
 def inferring(work: Callable[..., Any], *args: Any) -> Any:
