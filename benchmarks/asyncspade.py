@@ -82,13 +82,16 @@ def measure(
 
     seed: of contexts that are there already; by default new ones, which may take the place of any before them.
     """
-    warmup = WARMUP if arm != "full" else 8
+    began, warmup = time.perf_counter(), WARMUP if arm != "full" else 8
     if seed is None:
         seed = next(SEEDS)
         remember(llm, random_prompts(llm.spec.vocab_size, batch, context - warmup - 1, seed))
     before = llm.stats()
     times = decode_times(llm, batch, context, args.steps, warmup=warmup, seed=seed)
     after = llm.stats()
+    fresh = (after["prefill_tokens"] - before["prefill_tokens"]) / batch
+    check(fresh <= 1024, f"{arm}: {fresh:.0f} tokens of a remembered context were prefilled")
+    print(f"   {time.perf_counter() - began:.1f} s for the point below, {times.prefill_s:.1f} s of prefill", flush=True)
     if llm.device.type == "cuda":
         check(times.graph_replays >= args.steps, f"{arm}: the timed steps were not graph replays")
     moved = {name: after[name] - before[name] for name in after if isinstance(after[name], int) and name in before}

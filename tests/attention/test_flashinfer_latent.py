@@ -40,7 +40,13 @@ def test_dense_steps_of_a_latent_cache():
     pool = KVPool(2, 40, 1, 8, 40, torch.float32, value_dim=32)
     requests = Requests(pool, spec, 3, 12)
     for counts in ((30, 0, 9), (1, 50, 1), (1, 1, 1)):
-        compare(DenseBackend(pool, spec), requests, counts, requests.grow(counts), {"rtol": 1e-5, "atol": 1e-5})
+        compare(DenseBackend(pool, spec), requests, counts, requests.grow(counts), 1e-5)
+
+
+def assert_near(found, expected, tolerance):
+    """Each head's row, by its length: single numbers of a row in bfloat16 say little."""
+    error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() <= tolerance, error
 
 
 def compare(backend, requests, counts, batch, tolerance):
@@ -56,7 +62,7 @@ def compare(backend, requests, counts, batch, tolerance):
                 keys = requests.keys[layer][b][: requests.lengths[b] - count + i + 1, 0].float()
                 weights = (q[row].float() @ keys.T * spec.scale).softmax(-1)
                 expected = weights @ keys[:, : spec.value_dim]
-                torch.testing.assert_close(found[row].float(), expected, **tolerance)
+                assert_near(found[row], expected, tolerance)
                 row += 1
 
 
@@ -65,7 +71,7 @@ def test_eager_and_captured_steps():
     spec = spec_of()
     pool = KVPool(2, 1 + 3 * 12, 1, 64, 576, torch.bfloat16, "cuda", value_dim=512)
     backend, requests = FlashInferLatentBackend(pool, spec), Requests(pool, spec, 3, 12)
-    tolerance = {"rtol": 1.6e-2, "atol": 1e-2}
+    tolerance = 1e-2
     for counts in ((300, 0, 64), (1, 500, 1), (0, 100, 1), (1, 1, 1), (200, 1, 0)):
         compare(backend, requests, counts, requests.grow(counts), tolerance)
     batch = requests.grow((1, 1, 1), graph_key=(3, 0))
@@ -102,4 +108,4 @@ def test_eager_and_captured_steps():
                 q[layer].cpu().float(), k, k[..., :512], fresh.page_table.cpu(), fresh.lengths.cpu(), spec.scale
             )
             assert v.shape[-1] == 512
-            torch.testing.assert_close(out[layer].cpu().float(), expected, **tolerance)
+            assert_near(out[layer].cpu(), expected, tolerance)

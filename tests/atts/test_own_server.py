@@ -12,7 +12,9 @@ from slipstream.atts.events import Decided, Ended, Failed, TakenOver
 from slipstream.atts.pipeline.run import Run
 from slipstream.atts.servers import OpenAIServer, VLLMServer
 from slipstream.scaling import local
-from slipstream.server.app import create_app
+
+pytest.importorskip("uvicorn", reason="needs the extra [serve]")
+from slipstream.server.app import create_app  # noqa: E402
 
 PROBLEM = tasks.make("expression", 3, operations=14)
 
