@@ -23,18 +23,22 @@ from slipstream import overlap
 from slipstream.asyncspade.feed import Feed
 from slipstream.asyncspade.foresight import ForesightBackend
 from slipstream.benchmark import decoding
-from slipstream.kernels import ops, predict, sparse
+from slipstream.kernels import ops, predict, residency, sparse
 from slipstream.llm import LLM
 from slipstream.models.linear import Linear
 
 # The first pattern found in a span's name says what it is. Kernels are named as the ops are, near enough.
 KINDS = (
-    ("transfer", "memcpy|nccl|send|receive|transfer"),
+    ("transfer", "memcpy|nccl|send|receive|transfer|load_blocks|copy_between|_load_kernel|_copy_kernel"),
     ("stall", "wait"),
     ("predict", "predict|push|ridge|analog|solve"),
     ("check", "check_quer"),
     ("index", "extend"),
-    ("select", "store_sets|_tokens|_blocks|label|score|_key_kernel|_list_kernel|statistics|images|_select|chunk|union"),
+    (
+        "select",
+        "store_sets|_tokens|_blocks|label|score|_key_kernel|_list_kernel|statistics|images|_select|chunk|union|"
+        "claim|forget|block_rows|_find_kernel|_rows_kernel",
+    ),
     ("attend", "attention|_decode_kernel|_split_kernel|_merge_kernel|BatchDecode|PagedKV|Persistent|_seat_kernel"),
     ("rope", "rope"),
     ("linear", "gemm|nvjet|cutlass|gemv|splitk|linear"),
@@ -122,9 +126,9 @@ def _record_device(work: Callable[[], Any]) -> list[Span]:
 def _record_host(work: Callable[[], Any]) -> list[Span]:
     spans: list[Span] = []
     with ExitStack() as patches:
-        for module in (ops, sparse, predict):
+        for module in (ops, sparse, predict, residency):
             for name, op in vars(module).copy().items():
-                if getattr(op, "__module__", "") == module.__name__ and callable(op) and not name.startswith("_"):
+                if hasattr(op, "__wrapped__") or (callable(op) and op.__module__ == module.__name__ and name[0] != "_"):
                     patches.enter_context(patch.object(module, name, _timed(op, name, spans)))
         for kind, call, name in HOST_CALLS:
             patches.enter_context(patch.object(kind, call, _timed(getattr(kind, call), name, spans)))

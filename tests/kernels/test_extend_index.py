@@ -135,14 +135,6 @@ def test_summaries_are_what_their_names_say():
         assert summaries[last, 1].isnan().all()
 
 
-def test_cpu_tensors_go_to_the_reference(monkeypatch):
-    cache = make_cache((5,), 1, 16, 8, torch.float32, torch.device("cpu"))
-    index, seen = empty_index(cache, 16, "mean", 4), []
-    monkeypatch.setattr(reference_index, "extend_index", lambda *args: seen.append(args))
-    _extend(sparse.extend_index, cache, index, "mean", (5,), (5,))
-    assert len(seen) == 1 and seen[0][0] is cache.k_pages
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", reference_index.NUM_STATS)
 def test_large(kind, device):

@@ -11,76 +11,19 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import cpu_decode, reference, reference_mla
+from slipstream.kernels.dispatch import op
 
 token_logprobs = reference.token_logprobs
 copy_pages = reference.copy_pages
 shares_rows = reference.shares_rows
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: [T, H], weight: [H] -> [T, H]."""
-    if x.is_cuda:
-        from slipstream.kernels import triton_norm
-
-        return triton_norm.rms_norm(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual: [T, H], weight: [H] -> (norm of x + residual, x + residual)."""
-    if x.is_cuda:
-        from slipstream.kernels import triton_norm
-
-        return triton_norm.add_rms_norm(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up: [T, 2I] -> [T, I]: silu of the first half times the second."""
-    if gate_up.is_cuda:
-        from slipstream.kernels import triton_norm
-
-        return triton_norm.silu_mul(gate_up)
-    return reference.silu_mul(gate_up)
-
-
-def qk_norm_rope_store(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-) -> Tensor:
-    """qkv: [T, (Hq + 2 Hk) * D] -> q: [T, Hq, D]; K and V go into the pages at ``slots``."""
-    args = (qkv, q_weight, k_weight, eps, cos_sin, positions, slots, k_pages, v_pages)
-    if qkv.is_cuda:
-        from slipstream.kernels import triton_rope
-
-        return triton_rope.qk_norm_rope_store(*args)
-    return reference.qk_norm_rope_store(*args)
-
-
-def mla_rope_store(
-    heads: Tensor,
-    latent: Tensor,
-    weight: Tensor,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_pages: Tensor,
-) -> Tensor:
-    """heads: [T, Hq, Dn + R], latent: [T, Dv + R] -> q: [T, Hq, Dv + R], its rotary columns; rows into pages."""
-    args = (heads, latent, weight, eps, cos_sin, positions, slots, k_pages)
-    if heads.is_cuda:
-        from slipstream.kernels import triton_mla_rope
-
-        return triton_mla_rope.mla_rope_store(*args)
-    return reference_mla.mla_rope_store(*args)
+rms_norm = op(reference.rms_norm, "triton_norm")
+add_rms_norm = op(reference.add_rms_norm, "triton_norm")
+silu_mul = op(reference.silu_mul, "triton_norm")
+qk_norm_rope_store = op(reference.qk_norm_rope_store, "triton_rope")
+mla_rope_store = op(reference_mla.mla_rope_store, "triton_mla_rope")
+mla_rope = op(reference_mla.mla_rope, "triton_mla_rope")
+sample = op(reference.sample, "triton_sample")
+list_pages = op(reference.list_pages, "triton_pages", by=1)  # whose first tensor may be on the host
 
 
 def decode_attention(
@@ -133,33 +76,3 @@ def prefill_attention(
 
         return triton_prefill.prefill_attention(*args)
     return reference.prefill_attention(*args)
-
-
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    until: Tensor | None = None,
-    banned: Tensor | None = None,
-) -> Tensor:
-    """logits: [B, V] and per-row parameters [B] -> tokens [B] int64, without host synchronisation on CUDA."""
-    args = (logits, temperature, top_k, top_p, min_p, seeds, positions, until, banned)
-    if logits.is_cuda:
-        from slipstream.kernels import triton_sample
-
-        return triton_sample.sample(*args)
-    return reference.sample(*args)
-
-
-def list_pages(page_table: Tensor, lengths: Tensor, page_size: int, indices: Tensor, last_page_len: Tensor) -> None:
-    """page_table: [B, N], lengths: [B] -> flat page ids in ``indices`` and tokens of the last pages, in place."""
-    if lengths.is_cuda:
-        from slipstream.kernels import triton_pages
-
-        triton_pages.list_pages(page_table, lengths, page_size, indices, last_page_len)
-    else:
-        reference.list_pages(page_table, lengths, page_size, indices, last_page_len)

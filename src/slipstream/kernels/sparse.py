@@ -10,112 +10,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from slipstream.kernels import cpu_decode, reference, reference_index, reference_select
+from slipstream.kernels.dispatch import op
 
 NUM_STATS = reference_index.NUM_STATS
 GROUP_SHIFT = reference_index.GROUP_SHIFT
-
-
-def extend_index(
-    k_pages: Tensor,
-    page_table: Tensor,
-    query_start: Tensor,
-    lengths: Tensor,
-    max_query: int,
-    summaries: Tensor | None,
-    kind: str,
-    labels: Tensor | None,
-    scales: Tensor | None,
-    channels: Tensor | None,
-    key_table: Tensor | None = None,
-) -> None:
-    """Labels of every request's newest tokens and summaries of the blocks that they complete, written in place."""
-    args = (k_pages, page_table, query_start, lengths, max_query, summaries, kind, labels, scales, channels, key_table)
-    if lengths.is_cuda:  # the keys may be in pinned host memory
-        from slipstream.kernels import triton_index
-
-        triton_index.extend_index(*args)
-    else:
-        reference_index.extend_index(*args)
-
-
-def score_blocks(
-    q: Tensor,
-    summaries: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    kind: str,
-    merge: int,
-    scale: float,
-    aggregate: str,
-    deviation: float,
-    block_size: int,
-) -> Tensor:
-    """q: [B, Hq, D] against summaries of ``block_size`` tokens each -> [B, Hk, M] fp32, one score per merged block."""
-    args = (q, summaries, page_table, lengths, kind, merge, scale, aggregate, deviation, block_size)
-    if q.is_cuda:
-        from slipstream.kernels import triton_score
-
-        return triton_score.score_blocks(*args)
-    return reference_index.score_blocks(*args)
-
-
-def label_logits(
-    q: Tensor,
-    channels: Tensor,
-    labels: Tensor,
-    scales: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    blocks: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> Tensor:
-    """q: [B, Hq, D] against the labels of all tokens, or those of ``blocks`` [B, Hk, M] -> [B, Hq, C] fp32."""
-    args = (q, channels, labels, scales, page_table, lengths, blocks, block_size, scale)
-    if q.is_cuda:
-        from slipstream.kernels import triton_logits
-
-        return triton_logits.label_logits(*args)
-    return reference_index.label_logits(*args)
-
-
-def key_logits(q: Tensor, k_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """q: [B, Hq, D] against every key -> [B, Hq, N * S] fp32."""
-    if q.is_cuda:
-        from slipstream.kernels import triton_logits
-
-        return triton_logits.key_logits(q, k_pages, page_table, lengths, scale)
-    return reference_index.key_logits(q, k_pages, page_table, lengths, scale)
-
-
-def top_blocks(scores: Tensor, lengths: Tensor, block_size: int, num_blocks: int, sink: int, recent: int) -> Tensor:
-    """scores: [B, Hk, M] -> the blocks of sinks and recent tokens and the best others: [B, Hk, num_blocks] int32."""
-    args = (scores, lengths, block_size, num_blocks, sink, recent)
-    if scores.is_cuda:
-        from slipstream.kernels import triton_blocks
-
-        return triton_blocks.top_blocks(*args)
-    return reference_select.top_blocks(*args)
-
-
-def top_tokens(
-    logits: Tensor,
-    blocks: Tensor | None,
-    lengths: Tensor,
-    num_kv: int,
-    block_size: int,
-    budget: int,
-    sink: int,
-    recent: int,
-    aggregate: str,
-) -> tuple[Tensor, Tensor]:
-    """logits: [B, Hq, C] of the candidates -> (tokens [B, Hk, budget] int32 ascending, -1 padded, counts [B, Hk])."""
-    args = (logits, blocks, lengths, num_kv, block_size, budget, sink, recent, aggregate)
-    if logits.is_cuda:
-        from slipstream.kernels import triton_topk
-
-        return triton_topk.top_tokens(*args)
-    return reference_select.top_tokens(*args)
+extend_index = op(reference_index.extend_index, "triton_index", by=3)  # by its lengths: keys may be on the host
+score_blocks = op(reference_index.score_blocks, "triton_score")
+label_logits = op(reference_index.label_logits, "triton_logits")
+key_logits = op(reference_index.key_logits, "triton_logits")
+top_blocks = op(reference_select.top_blocks, "triton_blocks")
+top_tokens = op(reference_select.top_tokens, "triton_topk")
+block_tokens = op(reference_select.block_tokens, "triton_blocks")
+tova_attention = op(reference_select.tova_attention, "triton_tova")
 
 
 def label_tokens(
@@ -173,15 +79,6 @@ def key_tokens(
     return reference_select.top_tokens(_joined(reference_index.key_logits(*args), *rule), None, *rule)
 
 
-def block_tokens(blocks: Tensor, lengths: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """blocks: [B, Hk, M] -> all their tokens (indices [B, Hk, M * block_size] int32, counts [B, Hk] int32)."""
-    if blocks.is_cuda:
-        from slipstream.kernels import triton_blocks
-
-        return triton_blocks.block_tokens(blocks, lengths, block_size)
-    return reference_select.block_tokens(blocks, lengths, block_size)
-
-
 def sparse_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -211,14 +108,3 @@ def sparse_attention(
         cpu_decode.sparse_attention(*args, rows)
     else:
         reference_select.sparse_attention(*args, rows)
-
-
-def tova_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, filled: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """q: [B, Hq, D] over the first ``filled`` slots of seats ``rows`` of k, v [M, Hk, C, D] -> (out, victims [B])."""
-    if q.is_cuda:
-        from slipstream.kernels import triton_tova
-
-        return triton_tova.tova_attention(q, k, v, rows, filled, scale)
-    return reference_select.tova_attention(q, k, v, rows, filled, scale)
