@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import random
 import socket
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from harness import Report, check
 from slipstream import LLM, SamplingParams
 from slipstream.build import ATTENTION, parse_attention
 from slipstream.kvcache.plan import parse_bytes
-from slipstream.server.app import cap_caches, make_server
+from slipstream.server.app import bind, cap_caches, make_server
 from slipstream.server.config import ServerConfig
 
 LENGTHS, TOKENS = (20, 80, 300, 700), (4, 40, 120)
@@ -107,7 +109,9 @@ def slope(points: list[tuple[int, float]]) -> float:
     return float(1000 * ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum().clamp(min=1))
 
 
-def soak(method: str, args: argparse.Namespace, report: Report) -> None:
+def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One method's point, in a process of its own: what one leaves in memory is not the next one's."""
+    cap_caches()
     dice = random.Random(args.seed)
     page_size = max(16, getattr(parse_attention(method), "block", 16))
     options = {"max_model_len": 1600, "page_size": page_size, "device": args.device, "attention": method}
@@ -116,9 +120,10 @@ def soak(method: str, args: argparse.Namespace, report: Report) -> None:
     prompts = [[dice.randrange(16, 1000) for _ in range(dice.choice(LENGTHS))] for _ in range(24)]
     alone = SamplingParams(temperature=0, max_tokens=max(TOKENS), ignore_eos=True)
     truth = {tuple(ids): llm.generate(ids, alone)[0].outputs[0].token_ids for ids in prompts}
-    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    config = ServerConfig(port=0, stall_timeout_s=1.0)
+    listening = bind(config)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = make_server(llm, ServerConfig(stall_timeout_s=1.0))
+    server = make_server(llm, config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
     crowd, began = Crowd(url, truth, dice), time.perf_counter()
@@ -134,12 +139,13 @@ def soak(method: str, args: argparse.Namespace, report: Report) -> None:
     pressed = stats["preemptions"] + stats["pages_left"]  # the latter where chains decode without pages
     check(pressed > 0, f"{method}: the cache was large enough for all, nothing was preempted")
     check(crowd.counts["left"] > 0 and crowd.counts["right"] > 0, f"{method}: nobody left, or nobody stayed")
-    report.point(
-        method=method, requests=args.requests, seconds=seconds, preemptions=stats["preemptions"], **crowd.counts
-    )
     held = stats["running"] + stats["waiting"] + stats["pages_used"]
-    report.bar(f"{method}: chains and pages held afterwards", held, 0, "<=")
-    report.bar(f"{method}: resident set, MiB per 1000 requests", slope(crowd.memory), 20.0, "<=")
+    every = max(1, len(crowd.memory) // 10)
+    return {
+        "method": method, "requests": args.requests, "seconds": seconds, "preemptions": stats["preemptions"],
+        **crowd.counts, "held": held, "slope": slope(crowd.memory),
+        "resident_mib": [round(mib) for _, mib in sorted(crowd.memory)[::every]],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -153,10 +159,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
-    cap_caches()
     report = Report("soak", notes={"model": args.model})
-    for method in args.methods.split(","):
-        soak(method, args, report)
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
+        for method in args.methods.split(","):
+            point = pool.submit(soak, method, args).result()
+            report.point(**point)
+            report.bar(f"{method}: chains and pages held afterwards", point["held"], 0, "<=")
+            report.bar(f"{method}: resident set, MiB per 1000 requests", point["slope"], 20.0, "<=")
     report.finish(args.json)
 
 

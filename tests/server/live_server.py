@@ -8,7 +8,7 @@ import time
 
 import httpx
 
-from slipstream.server.app import make_server
+from slipstream.server.app import bind, make_server
 from slipstream.server.config import ServerConfig
 
 LONG = {"prompt": "add", "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
@@ -20,7 +20,7 @@ class Live:
     def __init__(self, llm, scale=None, **config):
         self.llm = llm
         self.config = ServerConfig(port=0, **config)
-        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket = bind(self.config)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = make_server(llm, self.config, scale)

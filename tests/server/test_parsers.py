@@ -84,6 +84,12 @@ def test_fields_that_we_cannot_honour_pass_only_where_they_change_nothing(name):
         CompletionRequest.model_validate({"prompt": "x", name: ["something"]})
 
 
+@pytest.mark.parametrize("field", [{"frequency_penalty": False}, {"use_beam_search": 0}, {"skip_special_tokens": 1}])
+def test_a_number_is_no_truth_value(field):
+    with pytest.raises(ApiError, match="is not supported"):
+        CompletionRequest.model_validate({"prompt": "x", **field})
+
+
 def test_fields_without_effect_and_nulls():
     body = ChatRequest.model_validate(
         {"messages": [], **dict.fromkeys(WITHOUT_EFFECT, "any"), **dict.fromkeys(("n", "stop", "seed", "top_p"))}

@@ -13,21 +13,13 @@ import time
 
 import httpx
 import pytest
-import typer
 from live_server import wait_until
 from typer.testing import CliRunner
 
 from slipstream import cli, cli_serve
 from slipstream.build import ASSETS
 
-MAIN = [
-    "-c",
-    "from slipstream import cli, cli_serve\n"
-    "if 'serve' not in {c.callback.__name__ for c in cli.app.registered_commands}:\n"
-    "    cli.app.command()(cli.engine_options(cli_serve.serve))\n"
-    "    cli.bench.command('serve')(cli_serve.bench_serve)\n"
-    "cli.main()",
-]
+MAIN = ["-m", "slipstream"]
 MODEL = ["slipstream-draft", "--max-model-len", "2048", "--kv-memory", "64MiB", "--device", "cpu"]
 
 
@@ -125,11 +117,7 @@ def test_after_the_drain_requests_are_cancelled_in_order(served):
 def refusal(monkeypatch, *arguments):
     """What a command in this process is refused with, before any model is loaded."""
     monkeypatch.setattr(cli_serve, "load", lambda *_: pytest.fail("a model was loaded"))
-    app, bench = typer.Typer(), typer.Typer()
-    app.add_typer(bench, name="bench")
-    app.command()(cli.engine_options(cli_serve.serve))
-    bench.command("serve")(cli_serve.bench_serve)
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(cli.app, arguments)
     assert isinstance(done.exception, (ValueError, OSError)), done.output
     return str(done.exception)
 

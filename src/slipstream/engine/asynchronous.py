@@ -50,11 +50,12 @@ class _Listener:
         return [self._news.popleft() for _ in range(len(self._news))]
 
     async def rest(self, seconds: float) -> None:
-        """Let news gather for so long; an end is not waited with."""
+        """Let news gather for at most so long; an end is not waited with."""
         if seconds <= 0:
             return
         self._waiter, self._rests = self.loop.create_future(), True
-        timer = self.loop.call_later(seconds, self.wake)
+        # on one grid for all who rest as long: they wake in one round of the loop instead of in one each
+        timer = self.loop.call_at((self.loop.time() // seconds + 1) * seconds, self.wake)
         try:
             if not self._has_end:
                 await self._waiter

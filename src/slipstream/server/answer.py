@@ -17,7 +17,7 @@ from slipstream.server.reply import chat_logprobs, completion_logprobs, prompt_l
 from slipstream.server.scaled import Scale
 from slipstream.server.schemas import ChatRequest, CompletionRequest, parse_messages
 from slipstream.server.service import Job, Service
-from slipstream.server.streaming import EventStream, Template, sse, to_json, unless_gone
+from slipstream.server.streaming import EventStream, sse, unless_gone
 from slipstream.types import Delta
 
 log = logging.getLogger("slipstream.server")
@@ -92,23 +92,11 @@ class Answer:
         delta: Delta,
         beside: dict[str, Any],
     ) -> bytes:
-        """A delta as an event, empty where there is nothing to show. Most deltas differ from the one before in text and
-        token ids only: they fill in a template, which is made of the first of them by the code for all others."""
-        reply, has_tables = job.replies[delta.index], body.top_logprobs_wanted is not None
-        is_plain = reply.num_tokens > 0 and not (has_tables or beside or delta.finish_reason)
-        holes = ["delta" if isinstance(body, ChatRequest) else "text", *(["token_ids"] * body.return_token_ids)]
-        if is_plain and reply.template is not None:
-            reasoning, text = reply.take(delta)
-            if not (reasoning or text or body.return_token_ids):
-                return b""
-            values = [to_json(_parts(reasoning, text) if isinstance(body, ChatRequest) else text)]
-            values += [str(list(delta.token_ids))] * body.return_token_ids
-            return bytes(reply.template.fill(values))
+        """A delta as an event, empty where there is nothing to show."""
         choice = self._choice(body, job, delta)
-        if is_plain:
-            reply.template = Template(frame | {"choices": [choice | dict.fromkeys(holes, Template.HOLE)]})
-        is_shown = choice[holes[0]] or delta.finish_reason or has_tables or body.return_token_ids
-        return sse(frame | {"choices": [choice]} | beside) if is_shown else b""
+        text = choice["delta" if isinstance(body, ChatRequest) else "text"]
+        is_asked = body.return_token_ids or body.top_logprobs_wanted is not None
+        return sse(frame | {"choices": [choice]} | beside) if text or delta.finish_reason or is_asked else b""
 
     # -- choices
 

@@ -22,13 +22,13 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from slipstream.llm import LLM
 from slipstream.server.answer import Answer
 from slipstream.server.config import Keys, ServerConfig
 from slipstream.server.door import Door
-from slipstream.server.errors import ApiError, on_http_error, on_invalid
+from slipstream.server.errors import ERROR, ApiError, on_http_error, on_invalid
 from slipstream.server.logs import log_to_stderr
 from slipstream.server.scaled import Scale
 from slipstream.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -37,6 +37,11 @@ from slipstream.server.service import Service
 log = logging.getLogger("slipstream.server")
 PAGE = Path(__file__).with_name("page.html")
 LAST_WORDS_S = 5.0  # for answers to requests that a shutdown cancels
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": who, "content": {"application/json": {"schema": ERROR}}}
+    for status, who in (("4XX", "The client can mend it."), ("5XX", "The server is full, stopping, or has failed."))
+}
 
 
 def create_app(llm: LLM, config: ServerConfig | None = None, scale: Scale | None = None) -> FastAPI:
@@ -54,7 +59,7 @@ def create_app(llm: LLM, config: ServerConfig | None = None, scale: Scale | None
             await asyncio.sleep(0.01)  # who was cancelled just now is still to be told
         await asyncio.to_thread(llm.close)
 
-    app = FastAPI(title="Slipstream", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Slipstream", lifespan=lifespan, docs_url=None, redoc_url=None, responses=REFUSALS)
     app.add_middleware(Door, config=service.config, gate=service.gate, metrics=service.metrics)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
@@ -66,11 +71,11 @@ def create_app(llm: LLM, config: ServerConfig | None = None, scale: Scale | None
 
 
 def _add_generation(app: FastAPI, answer: Answer) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMS)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         return await answer.completion(body, http)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMS)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         return await answer.chat(body, http)
 
@@ -133,7 +138,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             raise ApiError(503, "the queue is full", code="queue_full", headers={"Retry-After": "1"})
         return {"status": "ready"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -148,7 +153,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "scaling": service.certificate,
         }
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def live() -> HTMLResponse:
         guards = {
             "Content-Security-Policy": policy,
@@ -171,9 +176,12 @@ def bind(config: ServerConfig) -> socket.socket:
         Keys(config.api_key_file)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        sock = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(f"cannot listen on {config.host} port {config.port}: {error.strerror or error}") from error
+    # connections inherit it; asyncio forgets it, and answers to clients that keep a connection then wait 40 ms
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 def make_server(llm: LLM, config: ServerConfig, scale: Scale | None = None) -> uvicorn.Server:

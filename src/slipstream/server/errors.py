@@ -13,6 +13,11 @@ from starlette.responses import JSONResponse
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "overloaded_error"}
 
+_TEXT = {"type": ["string", "null"]}
+_FIELDS: dict[str, Any] = {"message": {"type": "string"}, "type": {"type": "string"}, "param": _TEXT, "code": _TEXT}
+_INNER = {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}
+ERROR = {"type": "object", "properties": {"error": _INNER}, "required": ["error"]}  # for the document
+
 
 class ApiError(HTTPException):
     """What a client gets instead of an answer. param: the field at fault. code: for programs."""

@@ -87,7 +87,6 @@ class Reply:
         self._offset = 0  # characters before the next token
         self._half: list[int] = []  # tokens of a character that is not complete
         self.last_s: float | None = None  # when its last token came
-        self.template: Any = None  # of its plain chunks on a stream, once there was one
 
     def take(self, delta: Delta) -> tuple[str, str]:
         """What a delta adds to (reasoning, text)."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, WithJsonSchema, model_validator
+from pydantic_core import CoreSchema
 
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import ApiError, refusing
@@ -31,14 +32,30 @@ WITHOUT_EFFECT = {
     "parallel_tool_calls", "request_id",
 }  # fmt: skip
 
+# What the sampling parameters allow, for the document.
+_BOUNDS: dict[str, dict[str, float]] = {
+    "n": {"minimum": 1}, "temperature": {"minimum": 0}, "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"minimum": -1}, "min_p": {"minimum": 0, "maximum": 1}, "min_tokens": {"minimum": 0},
+    "max_tokens": {"minimum": 0}, "max_completion_tokens": {"minimum": 1}, "seed": {"minimum": 0, "maximum": 2**63 - 1},
+    "prompt_logprobs": {"minimum": 0, "maximum": 20}, "prompt_logprobs_start": {"minimum": 0},
+    "top_logprobs": {"minimum": 0, "maximum": 20},
+}  # fmt: skip
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_TEXTS = {"type": "array", "items": {"type": "string"}}
-Prompts = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS}]})
-]
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
-_ROLE = {"type": "string", "enum": ["system", "developer", "user", "assistant"]}
-_MESSAGE = {"type": "object", "properties": {"role": _ROLE, "content": _CONTENT}, "required": ["role"]}
+_TEXT = {"type": "string", "minLength": 1}
+_LISTS = [{"type": "array", "items": item, "minItems": 1} for item in (_TEXT, _IDS["items"], _IDS | {"minItems": 1})]
+Prompts = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, *_LISTS]})]
+Ids = Annotated[list[int], WithJsonSchema(_IDS)]
+_PART_FIELDS = {"type": {"const": "text"}, "text": {"type": "string"}}
+_PART = {"type": "object", "properties": _PART_FIELDS, "required": ["type", "text"]}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+_MESSAGE = {
+    "type": "object",
+    "properties": {"role": {"enum": ["system", "developer", "user", "assistant"]}, "content": _CONTENT},
+    "anyOf": [
+        {"required": ["role", "content"]},
+        {"required": ["role"], "properties": {"role": {"const": "assistant"}}},
+    ],
+}
 Messages = Annotated[Any, WithJsonSchema({"type": "array", "items": _MESSAGE, "minItems": 1})]
 
 
@@ -60,11 +77,22 @@ class Body(BaseModel):
                 raise ApiError(
                     400, f"Unrecognized request argument supplied: {name}; {hint}", code="unknown_parameter", param=name
                 )
-            if given[name] not in NEUTRAL[name]:
+            if (given[name], type(given[name]) is bool) not in [
+                (value, type(value) is bool) for value in NEUTRAL[name]
+            ]:
                 raise ApiError(
                     400, f"{name} is not supported here: leave it out", code="unsupported_parameter", param=name
                 )
         return given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The document has ``null`` where :meth:`_known` takes it, and the served fields only."""
+        schema = handler.resolve_ref_schema(handler(core))
+        own = {name: field | _BOUNDS.get(name, {}) for name, field in schema["properties"].items()}
+        for name in own.keys() - set(schema.get("required", ())):
+            own[name] = {"anyOf": [own[name], {"type": "null"}]}
+        return schema | {"properties": own, "additionalProperties": False}
 
 
 class Asked(Body):
@@ -84,7 +112,7 @@ class Asked(Body):
     max_tokens: int | None = None
     min_tokens: int = 0
     stop: str | list[str] = []
-    stop_token_ids: list[int] = []
+    stop_token_ids: Ids = []
     seed: int | None = None
     ignore_eos: bool = False
     stream: bool = False
@@ -184,7 +212,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
-    tokens: list[int]
+    tokens: Ids
 
 
 def parse_prompts(value: Any, most: int) -> list[str | list[int]]:

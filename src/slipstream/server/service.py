@@ -22,7 +22,7 @@ from slipstream.server.metrics import Metrics
 from slipstream.server.reply import OPEN, Reply, Thinking
 from slipstream.server.schemas import Asked, ChatRequest, CompletionRequest, parse_messages, parse_prompts
 from slipstream.text import Codec
-from slipstream.types import Delta
+from slipstream.types import Delta, PeerLost
 
 log = logging.getLogger("slipstream.server")
 T = TypeVar("T")
@@ -260,9 +260,12 @@ class Service:
     def _failure(self, call: Call, jobs: Sequence[Job], error: RuntimeError) -> ApiError:
         """A step that died takes its requests with it; an engine that died takes everything."""
         causes = [job.request.error for job in jobs if job.request.error is not None]
+        log.error("the engine failed on request %s: %s", call.request_id, error)
+        if any(isinstance(cause, PeerLost) for cause in causes):
+            lost = "a process that held this request's keys and values was lost: try again"
+            return ApiError(503, lost, code="peer_lost", headers={"Retry-After": "1"})
         if not any(isinstance(cause, (MemoryError, torch.OutOfMemoryError)) for cause in causes):
             self._died += 1  # too much for the memory says nothing about the next request
-        log.error("the engine failed on request %s: %s", call.request_id, error)
         return ApiError(500, f"the engine failed on this request (request id {call.request_id})", code="engine_error")
 
 

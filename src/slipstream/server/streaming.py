@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -16,26 +16,12 @@ from slipstream.server.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 def sse(payload: dict[str, Any]) -> bytes:
     """One event. JSON has no raw line break, so no text can end an event early."""
-    return b"data: " + to_json(payload).encode() + b"\n\n"
-
-
-class Template:
-    """An event in which only what stands at ``HOLE`` differs: encoded once, filled in many times."""
-
-    HOLE = "\ue000hole\ue001"
-
-    def __init__(self, payload: dict[str, Any]) -> None:
-        self._parts = sse(payload).decode().split(to_json(self.HOLE))
-
-    def fill(self, values: Sequence[str]) -> bytes:
-        """values: JSON, one for each hole, in order."""
-        first, *parts = self._parts
-        return (first + "".join([value + part for value, part in zip(values, parts, strict=True)])).encode()
+    return b"data: " + _to_json(payload).encode() + b"\n\n"
 
 
 async def gone(receive: Receive) -> None:
