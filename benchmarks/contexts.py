@@ -23,8 +23,8 @@ def fill_pool(llm: LLM, seed: int = 0) -> None:
             layer.normal_(generator=generator)
 
 
-def remember(llm: LLM, prompts: Sequence[Sequence[int]]) -> None:
-    """Give each prompt's whole pages to the prefix cache, and extend the method's index over them."""
+def remember(llm: LLM, prompts: Sequence[Sequence[int]], *, index: bool = True) -> None:
+    """Give each prompt's whole pages to the prefix cache, and extend the method's index over them, if it is not yet."""
     table, size = llm.engine.table, llm.pool.page_size
     assert table.reuse, "remembered contexts live in the prefix cache: build the LLM with prefix_cache=True"
     for prompt in prompts:
@@ -32,7 +32,8 @@ def remember(llm: LLM, prompts: Sequence[Sequence[int]]) -> None:
         lease = table.allocate()
         assert table.can_append(lease, length), f"{length} tokens do not fit the cache: {llm.memory}"
         table.append(lease, length)
-        index_pages(llm, lease.pages, length)
+        if index:
+            index_pages(llm, lease.pages, length)
         table.commit(lease, list(prompt), length)
         table.free(lease)
 

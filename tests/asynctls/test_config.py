@@ -30,6 +30,7 @@ FITTING = {"budget": 11, "blocks": 4, "block": 4, "channels": 8, "sink": 2, "rec
         ({"slots": "many"}, "slots must be a number"),
         ({"drift": 1.5}, "between 0 and 1"),
         ({"drift": True}, "between 0 and 1"),
+        ({"margin": -0.1}, "margin must be a share between 0 and 1"),
         ({"offload": True, "gpu_kv": "16 giraffes"}, "cannot read '16 giraffes' as a size"),
         ({"offload": True, "host_kv": -5}, "a size must be positive"),
         ({"offload": True, "host_kv": "-5GiB"}, "cannot read '-5GiB' as a size"),

@@ -10,6 +10,7 @@ from tiny_decoder import make_engine, params, prompts, serve, tiny_model
 
 from slipstream import SamplingParams, TwoLevel
 from slipstream.asynctls.backend import OffloadBackend
+from slipstream.attention.probe import Probe
 from slipstream.attention.sparse import SparseBackend
 from slipstream.engine.request import Request
 
@@ -22,10 +23,10 @@ def model():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("drift", (None, 0.3))
-def test_offload_changes_no_token(model, mode, drift):
+@pytest.mark.parametrize("guard", ({}, {"drift": 0.3}, {"margin": 0.5}))
+def test_offload_changes_no_token(model, mode, guard):
     """Through forks, shared prefixes, cancels, preemption and forced tokens, under a hot buffer that is always full."""
-    twins = [make(on, model=model, candidates=mode, drift=drift) for on in (False, True)]
+    twins = [make(on, model=model, candidates=mode, **guard) for on in (False, True)]
     near, far = live(twins, 14, seed=MODES.index(mode))
     assert near == far
     stats = twins[1].backend.stats()
@@ -36,7 +37,7 @@ def test_offload_changes_no_token(model, mode, drift):
     if mode != "current":
         ours = twins[0].backend.stats()
         assert {k: v for k, v in stats.items() if k in ours} == pytest.approx(ours)
-        assert (stats["asynctls_drift_selections"] > 0) == (drift is not None)
+        assert (stats["asynctls_drift_selections"] > 0) == bool(guard)
 
 
 def test_current_without_offload_is_two_level(model):
@@ -97,6 +98,15 @@ def test_online_calibration_relabels_from_the_host(model):
             engine.step()
         outs.append((request.completions[0].token_ids, engine.backend.index.labels(1).channels.tolist()))
     assert outs[0] == outs[1]
+
+
+def test_a_probe_sees_what_offload_selects(model):
+    engine = make(True, model=model)
+    probe = Probe.of(engine.backend, engine.spec, engine.backend.selector._config, every=1)
+    serve(
+        engine, Request([(7 * i + 3) % 61 for i in range(60)], SamplingParams(max_tokens=12, ignore_eos=True, seed=1))
+    )
+    assert 0 < probe.report()["recall"] < 1 and engine.backend.stats()["asynctls_misses"] > 0
 
 
 @pytest.mark.parametrize("mode", ("union", "previous"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -89,12 +90,20 @@ def test_bench_offload(tmp_path, capsys):
 def test_offload_changes_nothing_on_a_gpu(candidates):
     """Captured steps, copies on a stream of their own, KV in pinned memory."""
     near, far = load("cuda", candidates=candidates), load("cuda", candidates=candidates, **OFFLOAD)
-    pooled = load("cuda", graphs=False, candidates=candidates, **OFFLOAD, transfer="pooled")
-    expected = answers(near)
-    assert answers(far) == expected == answers(pooled)
-    assert far.stats()["graph_replays"] > 0 and far.pool.k.device.type == "cpu"
+    began = time.perf_counter()
+    assert answers(far) == answers(near)
     torch.cuda.synchronize()
+    elapsed, stats = time.perf_counter() - began, far.stats()
+    assert stats["graph_replays"] > 0 and far.pool.k.device.type == "cpu"
+    assert 0 < stats["asynctls_transfer_s"] < elapsed and 0 < stats["asynctls_exposed_s"] < elapsed
     far.engine.backend.residency.check_integrity()
+
+
+@pytest.mark.gpu
+def test_pooled_copies_change_nothing_on_a_gpu():
+    """Eager both: a captured step runs padding rows, and products of another height may end in another bit."""
+    twins = [load("cuda", graphs=False, **OFFLOAD, transfer=transfer) for transfer in ("gather", "pooled")]
+    assert answers(twins[0]) == answers(twins[1])
 
 
 @pytest.mark.gpu

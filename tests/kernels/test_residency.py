@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slipstream.kernels import reference_residency as reference
 from slipstream.kernels import triton_copies, triton_residency
-from slipstream.kernels.reference_residency import COUNTERS, Slots
+from slipstream.kernels.reference_residency import CLOCK, COUNTERS, Slots
 
 BLOCK, HEADS = 4, 2
 
@@ -30,17 +30,17 @@ class State:
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def step(self, table, seats, lengths, blocks, nexts, mode, drift):
+    def step(self, table, seats, lengths, blocks, nexts, mode, drift, scores=None, margin=1.0):
         self.tick += 1
         own, on = Slots(*(x[0] for x in self.slots)), self.device
         table, lengths = (torch.tensor(x, dtype=torch.int32, device=on) for x in (table, lengths))
         blocks, nexts = (torch.tensor(x, dtype=torch.int32, device=on) for x in (blocks, nexts))
-        seats = torch.tensor(seats, device=on)
+        seats, scores = torch.tensor(seats, device=on), None if scores is None else scores.to(on)
         start = torch.arange(len(lengths) + 1, dtype=torch.int32, device=on)
         self.twin.forget_pages(table, start, lengths, 1, self.slots, BLOCK * self.per_page, self.per_page)
         found = self.twin.find_blocks(
             blocks, nexts, table, seats, lengths, own, self.sets, self.made_for, self.tick, self.counters,
-            self.per_page, BLOCK, mode, drift,
+            self.per_page, BLOCK, mode, drift, scores, margin,
         )  # fmt: skip
         out = list(found)
         for keys in found[1:]:
@@ -67,9 +67,10 @@ def _chosen(draw, length, most):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.data(), st.sampled_from(["previous", "union", "current"]), st.sampled_from([0.3, 0.7, 2.0]), st.integers(1, 2)
-)
-def test_kernels_are_the_references(data, mode, drift, per_page):
+    st.data(), st.sampled_from(["previous", "union", "current"]), st.sampled_from([0.3, 0.7, 2.0]), st.integers(1, 2),
+    st.sampled_from([None, 0.0, 0.5, 0.9]),
+)  # fmt: skip
+def test_kernels_are_the_references(data, mode, drift, per_page, margin):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     twins = [State(torch.device("cpu"), reference, per_page), State(device, triton_residency, per_page)]
     page, width, most = BLOCK * per_page, 9, 5
@@ -86,9 +87,18 @@ def test_kernels_are_the_references(data, mode, drift, per_page):
         blocks = [_chosen(data.draw, length, most) for length in shown]
         nexts = blocks if data.draw(st.booleans()) else [_chosen(data.draw, length, most) for length in shown]
         step = ([table[b] for b in members] + [[0] * width], [b + 1 for b in members] + [0], shown, blocks, nexts)
-        first, second = (twin.step(*step, mode, drift) for twin in twins)
+        scores = None if margin is None else _scores(data.draw(st.integers(0, 99)), shown, width, per_page)
+        first, second = (twin.step(*step, mode, drift, scores, margin) for twin in twins)
         for x, y in zip(first, second, strict=True):
             assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+def _scores(seed, lengths, width, per_page):
+    """Of every block, NaN in pages that are not full: nobody may read those."""
+    scores = torch.randn((len(lengths), HEADS, width * per_page), generator=torch.Generator().manual_seed(seed))
+    for row, length in zip(scores, lengths, strict=True):
+        row[:, max(length - 1, 0) // (BLOCK * per_page) * per_page :] = torch.nan
+    return scores
 
 
 class Model:
@@ -183,3 +193,41 @@ def test_a_row_asked_for_the_first_time_is_synchronous_and_the_next_is_not(devic
         assert out[0][0, 0].tolist() == [0, 3, 5, 6] + [-1] * 4 and out[2][0, 0].tolist() == [1, 4, 6, 7]
         out = state.step(table, [1], [29], [[[0, 3, 6, 7]] * HEADS], [[[0, 3, 6, 7]] * HEADS], "previous", 2.0)
         assert out[0][0, 0].tolist() == [0, 3, 5, 6, 7]  # the newest block is a candidate though no set has it
+
+
+@pytest.mark.parametrize("margin, waits", ((0.4, True), (0.6, False)))
+def test_a_missing_block_that_stands_out_is_waited_for(margin, waits, device):
+    """One block of eight is new, and half way up: the margin decides. A new one that is resident is not missing."""
+    for twin in (reference, triton_residency):
+        state = State(device if twin is triton_residency else torch.device("cpu"), twin, 1, most=8)
+        table, scores = [[*range(1, 12)]], torch.zeros((1, HEADS, 11))
+        scores[..., 0], scores[..., 9] = 1.0, 0.5
+        before, after = [[[0, 2, 3, 4, 5, 6, 8, 10]] * HEADS], [[[0, 2, 3, 4, 5, 6, 9, 10]] * HEADS]
+        state.step(table, [1], [42], before, before, "union", 2.0, scores, margin)
+        out = state.step(table, [1], [43], after, after, "union", 2.0, scores, margin)
+        assert (out[1][0, 0].tolist() == [1, 3, 4, 5, 6, 7, 10, -1]) == waits
+        assert int(state.counters[4]) == HEADS * waits
+        again = state.step(table, [1], [44], before, before, "union", 2.0, scores.flip(2), margin)
+        assert (again[1] == -1).all(), "8 is in a slot still"
+
+
+@pytest.mark.gpu
+def test_a_device_takes_the_time_of_loads(device):
+    """Of claims that load something; a claim without any adds nothing, and a clock counts when the next one begins."""
+    state, clock = State(device, triton_residency, 1, num_slots=8), torch.zeros(CLOCK, dtype=torch.int64, device=device)
+    own, pages = (
+        Slots(*(x[0] for x in state.slots)),
+        [torch.ones((40, HEADS, BLOCK, 64)).pin_memory() for _ in range(2)],
+    )
+    store = [torch.zeros((HEADS * 8, BLOCK, 64), device=device) for _ in range(2)]
+    total = torch.zeros(1, dtype=torch.int64, device=device)
+    seen = []
+    triton_copies.add_time(total, -1)
+    for key in (3, 3, 5, -1, -1):
+        state.tick += 1
+        keys = torch.full((1, HEADS, 1), key, dtype=torch.int32, device=device)
+        loads, counts = triton_residency.claim_slots(keys, own, state.tick, state.counter, clock)
+        triton_copies.load_blocks(pages, loads, counts, store, 8, 0, clock)
+        seen.append(int(clock[2]))
+    triton_copies.add_time(total, 1)
+    assert seen[0] == 0 < seen[1] == seen[2] < seen[3] == seen[4] < int(total)

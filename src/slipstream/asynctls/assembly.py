@@ -22,7 +22,7 @@ def assemble(
     config: AsyncTLS,
     pool: KVPool,
     spec: ModelSpec,
-    index: KeyIndex,
+    index: KeyIndex | None,
     dense: AttentionBackend,
     gate: int,
     num_seats: int,
@@ -36,6 +36,7 @@ def assemble(
 
     gate: tokens up to which a request attends to everything; with offload, of at most all ``blocks`` of it.
     """
+    assert index is not None, "level 1 reads summaries, level 2 labels"
     if config.candidates == "current" and not config.offload:
         selector = config.selector(pool, spec, index)
         return SparseBackend(pool, spec, index, selector, dense, gate, config.dense_layers, config.unread, online)

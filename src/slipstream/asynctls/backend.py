@@ -26,21 +26,25 @@ class AsyncTLSBackend(SparseBackend):
 
     selector: AsyncTLSSelector
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.residency, self._reset = self.selector.residency, self.selector.reset  # a probe may take its place
+
     def plan(self, batch: Batch) -> None:
-        self.selector.reset(batch.seated)
+        self._reset(batch.seated)
         super().plan(batch)
 
     def view(self, layer: int) -> KVView:
         if layer == 0:
             assert self._batch is not None, "plan(batch) comes before view(layer)"
-            self.selector.residency.begin(self._batch)
+            self.residency.begin(self._batch)
         return super().view(layer)
 
     def finish(self) -> None:
-        self.selector.residency.finish()
+        self.residency.finish()
 
     def stats(self) -> dict[str, float]:
-        return {**super().stats(), **self.selector.residency.stats()}
+        return {**super().stats(), **self.residency.stats()}
 
 
 class StagedPrompts(AttentionBackend):
@@ -100,7 +104,7 @@ class OffloadBackend(AsyncTLSBackend):
     ends. A prompt's layer is attended with the whole context in the stage, loaded while the layer before is computed,
     and goes to the host while the next one is. Requests within the gate have all their blocks in slots.
 
-    This is its selector's mover. On a CPU the time of copies is measured: all of it, and what steps waited for.
+    This is its selector's mover.
     """
 
     uses_seats = True
@@ -109,7 +113,6 @@ class OffloadBackend(AsyncTLSBackend):
 
     def __init__(self, *args: Any, hot: HotBuffer, stage: Stage, lane: Lane, transfer: str, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.residency = self.selector.residency
         assert self.gate <= self.residency.sets.shape[3] * self.residency.block, "what is dense must fit in slots"
         self.dense, self.selector.mover = StagedPrompts(self.dense, stage), self
         self.hot, self.stage, self._lane, self.prefill_pages = hot, stage, lane, stage.num_pages
@@ -158,8 +161,12 @@ class OffloadBackend(AsyncTLSBackend):
     def finish(self) -> None:
         """Join the lane: the next step finds all that was prefetched, and may write to tails and stage."""
         tickets, self._tickets, self._buffers, self._is_whole = self._tickets, [], [None, None], False
+        if self.residency.joined is not None:
+            residency.add_time(self.residency.joined, -1)
         for ticket in tickets:
             self._wait(ticket)
+        if self.residency.joined is not None:
+            residency.add_time(self.residency.joined, 1)
         self._held.clear()
         self._is_whole = True
         super().finish()
@@ -313,10 +320,12 @@ class OffloadBackend(AsyncTLSBackend):
         self._submit(self._load_claimed, layer, keys, False)
 
     def _load_claimed(self, layer: int, keys: Tensor, urgent: bool) -> None:
-        loads, counts = self.residency.claim(layer, keys, urgent)
+        clock = self.residency.clocks[urgent]
+        loads, counts = self.residency.claim(layer, keys, urgent, clock)
         self._load(
-            self.pool.layer(layer), loads, counts, self.hot.layer(layer), self.residency.num_slots, self.hot.first
-        )
+            self.pool.layer(layer), loads, counts, self.hot.layer(layer), self.residency.num_slots, self.hot.first,
+            clock,
+        )  # fmt: skip
 
     # -- calibration
 
@@ -336,16 +345,16 @@ class OffloadBackend(AsyncTLSBackend):
     # -- numbers
 
     def stats(self) -> dict[str, float]:
-        """Bytes of K and V in both directions; seconds on a CPU, where copies have a clock."""
+        """Bytes of K and V in both directions; seconds of transfers, and of steps that waited for them."""
         found = super().stats()
         page_bytes = 2 * self.pool.k[0, 0].numel() * self.pool.k.element_size()
         block_bytes = page_bytes // (self.spec.num_kv_heads * self.residency.per_page)
         found["asynctls_bytes_in"] = found["asynctls_misses"] * block_bytes + self._pages_moved[0] * page_bytes
         found["asynctls_bytes_out"] = self._pages_moved[1] * page_bytes
         found["asynctls_hot_bytes"] = self.hot.bytes
-        # A GPU's copies are launched in these times, not made.
-        on_cpu = self.hot.k.device.type == "cpu"
-        found["asynctls_transfer_s"], found["asynctls_exposed_s"] = self._times if on_cpu else (0.0, 0.0)
+        # A GPU's copies are launched in our times, not made.
+        times = self._times if self.residency.joined is None else self.residency.seconds()
+        found["asynctls_transfer_s"], found["asynctls_exposed_s"] = times
         return found
 
 

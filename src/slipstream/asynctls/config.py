@@ -37,6 +37,9 @@ class AsyncTLS(TwoLevel):
     predictor: str = option("analog", "for candidates 'predicted': 'ridge', 'analog', 'last', 'mean' or 'ema'")
     window: int = option(64, "latest queries that a prediction sees, per layer and head")
     drift: float | None = option(None, "share of a head's blocks that may change in a step before it waits for them")
+    margin: float | None = option(
+        None, "how high among its blocks one that is missing may stand before a head waits: 0 to 1"
+    )
     transfer: str = option("gather", "host to device by a 'gather' kernel, or 'pooled' copies (needs cuda_graphs off)")
     lane: str = option("auto", "where copies run: 'inline', 'thread' (CPU), 'stream' (GPU)")
 
@@ -51,10 +54,10 @@ class AsyncTLS(TwoLevel):
                 f"slots = {self.slots}: a step may want the blocks of the step before and as many new ones, so at "
                 "least 2 x blocks must fit on the device"
             )
-        if self.drift is not None and not (
-            isinstance(self.drift, (int, float)) and not isinstance(self.drift, bool) and 0 <= self.drift <= 1
-        ):
-            raise ValueError(f"drift must be a share between 0 and 1, got {self.drift!r}")
+        for name in ("drift", "margin"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
+                raise ValueError(f"{name} must be a share between 0 and 1, got {value!r}")
         for name in ("gpu_kv", "host_kv", "host_file"):
             value = getattr(self, name)
             if value is None:
@@ -65,9 +68,6 @@ class AsyncTLS(TwoLevel):
                 parse_bytes(value)
         if self.offload and self.dense_layers:
             raise ValueError("offload keeps no layer's KV on the device: set dense_layers=0, or offload=False")
-
-    # What else a predictor asks for, as AsyncSpade has it by default.
-    ridge, beta, decay, rotate = 0.1, 30.0, 0.5, True
 
     def num_slots(self, num_seats: int) -> int:
         """Slots of one layer and KV head."""

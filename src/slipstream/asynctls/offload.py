@@ -41,6 +41,7 @@ class HostMemory:
             raise ValueError(f"{num_bytes:,} bytes {where} cannot be had ({error}): lower host_kv") from error
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         if device.type == "cuda":
+            self.bytes.zero_()  # by all threads; the driver would make every page there by one
             code = _register(self.bytes)
             if code:
                 raise ValueError(f"the driver refuses to pin {num_bytes:,} bytes of the host ({code}): lower host_kv")
@@ -171,8 +172,13 @@ def choose_lane(lane: str, device: torch.device) -> Lane:
     return ThreadLane("asynctls") if lane == "thread" else InlineLane()
 
 
-def load_pooled(pages: Store, loads: Tensor, counts: Tensor, store: Store, num_slots: int, first: int) -> None:
-    """:func:`residency.load_blocks` by one copy: the host collects the blocks. Blocks the host until it knows them."""
+def load_pooled(
+    pages: Store, loads: Tensor, counts: Tensor, store: Store, num_slots: int, first: int, clock: Tensor | None = None
+) -> None:
+    """:func:`residency.load_blocks` by one copy: the host collects the blocks. Blocks the host until it knows them.
+
+    clock: is not read; these loads have no time.
+    """
     host_loads, host_counts = loads.cpu(), counts.cpu()
     num = int(host_counts.sum())
     if not num:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import residency as kernels
-from slipstream.kernels.residency import COUNTERS, Slots
+from slipstream.kernels.residency import CLOCK, COUNTERS, Slots
 from slipstream.types import Batch, ModelSpec
 
 NEVER = 2.0  # no share of blocks is larger
@@ -55,8 +55,12 @@ class Residency:
         # What a selection that no later step goes by is noted in.
         self._blank = (torch.full_like(self.sets[0], -1), torch.zeros_like(self.made_for[0]))
         self.tick = full(0, 1)
-        self._numbers = torch.zeros(len(COUNTERS) + len(_CLAIMS), dtype=torch.int64, device=device)
-        self.counters, self._claims = self._numbers.split((len(COUNTERS), len(_CLAIMS)))
+        sizes = (len(COUNTERS), len(_CLAIMS), CLOCK, CLOCK, 1)
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.counters, self._claims, *clocks, joined = self._numbers.split(sizes)
+        # A device's times: of loads ahead and of urgent ones, and of waiting for the lane.
+        self.clocks = clocks if device.type == "cuda" else [None, None]
+        self.joined = joined if device.type == "cuda" else None
         self._ignored = torch.zeros_like(self.counters)
         self._numbers_host = self._numbers
         if device.type == "cuda":  # who reads them must not wait for the device
@@ -101,13 +105,14 @@ class Residency:
     # -- once per layer
 
     def find(
-        self, layer: int, blocks: Tensor, nexts: Tensor, batch: Batch, lengths: Tensor, mode: str, drift: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, layer: int, blocks: Tensor, nexts: Tensor, batch: Batch, lengths: Tensor, mode: str,
+        drift: float | None = None, scores: Tensor | None = None, margin: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """blocks, nexts: [B, Hk, M] -> (candidates, urgent keys, later keys): see :func:`kernels.find_blocks`."""
         return kernels.find_blocks(
             blocks, nexts, batch.page_table, batch.seats, lengths, self._layer(layer), self.sets[layer],
             self.made_for[layer], self.tick, self.counters, self.per_page, self.block, mode,
-            NEVER if drift is None else drift,
+            NEVER if drift is None else drift, scores, NEVER if margin is None else margin,
         )  # fmt: skip
 
     def find_all(self, layer: int, batch: Batch, lengths: Tensor) -> Tensor:
@@ -122,10 +127,10 @@ class Residency:
         )  # fmt: skip
         return urgent
 
-    def claim(self, layer: int, keys: Tensor, urgent: bool) -> tuple[Tensor, Tensor]:
+    def claim(self, layer: int, keys: Tensor, urgent: bool, clock: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Slots for all of ``keys`` [B, Hk, M]: (loads [Hk, n, 2] of key and slot, counts [Hk])."""
         counter = self._claims[int(urgent) : int(urgent) + 1]
-        return kernels.claim_slots(keys, self._layer(layer), self.tick, counter)
+        return kernels.claim_slots(keys, self._layer(layer), self.tick, counter, clock)
 
     def rows(self, layer: int, batch: Batch, lengths: Tensor, first: int) -> Tensor:
         """Rows [B * Hk, N] of a store whose slots begin at row ``first``: see :func:`kernels.block_rows`."""
@@ -150,7 +155,8 @@ class Residency:
         turnover: mean share of a selection that the set of the step before did not have. Selections that waited for
         their blocks: a chain's first, those that drifted, those that found their set evicted.
         """
-        wanted, compared, turned, first, drifted, lost, prefetched, urgent = self._numbers_host.tolist()
+        numbers = self._numbers_host.tolist()
+        wanted, compared, turned, first, drifted, lost, prefetched, urgent = numbers[: len(COUNTERS) + len(_CLAIMS)]
         return {
             "asynctls_blocks": wanted,
             "asynctls_compared": compared,
@@ -164,6 +170,14 @@ class Residency:
             "asynctls_drift_selections": drifted,
             "asynctls_lost_selections": lost,
         }
+
+    def seconds(self) -> tuple[float, float]:
+        """On a GPU, of decode steps: in which blocks were loaded, and in which a step waited for them or for its lane.
+
+        What the last layer loads is counted in the next step. To join a lane that is ready takes some microseconds.
+        """
+        *_, ahead, _, _, urgent, joined = self._numbers_host.tolist()
+        return 1e-9 * (ahead + urgent), 1e-9 * (joined + urgent)
 
     def check_integrity(self) -> None:
         """Assert every invariant: for tests."""

@@ -62,7 +62,7 @@ class AsyncTLSSelector(TwoLevelSelector):
         assert (predictor is not None) == (config.candidates == "predicted"), "a predictor where one is asked for"
         self.residency, self.mover, self._predictor = residency, mover or residency, predictor
         self._mode = "previous" if config.candidates == "predicted" else config.candidates
-        self._drift = config.drift
+        self._drift, self._margin = config.drift, config.margin
 
     def plan(self, batch: Batch, lengths: Tensor) -> None:
         super().plan(batch, lengths)
@@ -75,14 +75,15 @@ class AsyncTLSSelector(TwoLevelSelector):
             self._predictor.reset(seats)
 
     def select(self, layer: int, query: Tensor) -> Selection:
-        blocks = nexts = self.blocks(layer, query)
+        scores = None if self._margin is None else self.scores(layer, query)
+        blocks = nexts = self.blocks(layer, query) if scores is None else self.best(scores)
         if self._predictor is not None:
             seats, positions = self._batch.seats, self._batch.positions
             if layer == self._config.dense_layers:
                 self._predictor.advance(seats, positions)
             nexts = self.blocks(layer, self._predictor.step(layer, query, seats, positions))
         candidates, urgent, later = self.residency.find(
-            layer, blocks, nexts, self._batch, self._lengths, self._mode, self._drift
+            layer, blocks, nexts, self._batch, self._lengths, self._mode, self._drift, scores, self._margin
         )
         self.mover.fetch(layer, urgent)
         self.mover.prefetch(layer, later)

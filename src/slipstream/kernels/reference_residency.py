@@ -9,6 +9,7 @@ slot, until it is full. Like the rest of the references this reads lengths on th
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 LAST = torch.iinfo(torch.int32).max  # sorts behind every block
 MOST_SLOTS = 1 << 15
 """Slots of one layer and head, and keys that are claimed at once: what one program of a device can hold."""
+CLOCK = 3  # numbers of a clock: when the last claim began, when its loads were over, nanoseconds of all before
 COUNTERS = ("wanted", "compared", "turned", "first", "drifted", "lost")
 
 
@@ -61,6 +63,8 @@ def find_blocks(
     block_size: int,
     mode: str,
     drift: float,
+    scores: Tensor | None = None,
+    margin: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Level 2's candidates, the keys that must be in slots now, and those that the next step will want.
 
@@ -69,8 +73,10 @@ def find_blocks(
     each seat's last step, and the length that they were made for; both are replaced. tick: [1] int32.
 
     A row is *synchronous*, head by head, when ``mode`` is "current", when it has no set for this length, when a block
-    of its set is in no slot any more, or when more than ``drift`` of ``blocks`` are not in its set. Then its candidates
-    are ``blocks``. Else: "previous": its set and the newest block; "union": its set and what of ``blocks`` is resident.
+    of its set is in no slot any more, when more than ``drift`` of ``blocks`` are not in its set, or when, by ``scores``
+    [B, Hk, N] fp32 of all blocks, one of ``blocks`` that would be no candidate stands more than ``margin`` of the way
+    from the worst of them to the best (in full pages). Then its candidates are ``blocks``. Else: "previous": its set
+    and the newest block; "union": its set and what of ``blocks`` is resident.
     Slots of candidates are wanted at this tick. counters: [6] int64, see :data:`COUNTERS`; seat 0 does not count.
 
     Returns candidates [B, Hk, M'] int32, ascending, then -1, where M' is M + 1 for "previous", 2 M for "union", M for
@@ -85,11 +91,17 @@ def find_blocks(
     slot = _slots_of(_keys(known, page_table, tail, per_page), slots.slot_of)
     lost = ((known >= 0) & (known < tail) & (slot < 0)).any(-1)
     valid, present = matches & ~lost, blocks >= 0
-    turned = (present & ~(blocks.unsqueeze(3) == known.unsqueeze(2)).any(-1)).sum(-1)
-    num = present.sum(-1)
-    drifted = valid & (turned.float() > drift * num.float())
-    sync = live[..., 0] & (~valid | drifted | (mode == "current"))
+    fresh = present & ~(blocks.unsqueeze(3) == known.unsqueeze(2)).any(-1)
+    turned, num = fresh.sum(-1), present.sum(-1)
     keys = _keys(blocks, page_table, tail, per_page)
+    drifted = turned.float() > drift * num.float()
+    if scores is not None:
+        missing = fresh & (blocks < tail)
+        if mode == "union":
+            missing &= _slots_of(keys, slots.slot_of) < 0
+        drifted |= _stands_out(scores, blocks, present & (blocks < tail), missing, margin)
+    drifted &= valid
+    sync = live[..., 0] & (~valid | drifted | (mode == "current"))
     urgent = keys.masked_fill(~sync.unsqueeze(2), -1)
     if mode == "union":
         more = blocks.masked_fill((blocks < tail) & (_slots_of(keys, slots.slot_of) < 0), -1)
@@ -115,6 +127,13 @@ def find_blocks(
     return candidates, urgent, later
 
 
+def _stands_out(scores: Tensor, blocks: Tensor, scored: Tensor, missing: Tensor, margin: float) -> Tensor:
+    """[B, Hk] bool: whether the best of the missing blocks is more than ``margin`` of the way up."""
+    found = scores.gather(2, blocks.clamp(0, scores.shape[2] - 1).long())
+    low, high = found.masked_fill(~scored, torch.inf).amin(-1), found.masked_fill(~scored, -torch.inf).amax(-1)
+    return found.masked_fill(~missing, -torch.inf).amax(-1) - low > margin * (high - low)
+
+
 def _merged(first: Tensor, second: Tensor) -> Tensor:
     """Two lists of blocks, -1 for none, to one without repetitions: ascending, then -1."""
     both = torch.cat((first, second), dim=2)
@@ -125,13 +144,16 @@ def _merged(first: Tensor, second: Tensor) -> Tensor:
     return both.masked_fill(both == LAST, -1)
 
 
-def claim_slots(keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+def claim_slots(
+    keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor, clock: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Give every key a slot: hits stay, misses take the slots that were wanted longest ago, the lowest on ties.
 
     keys: [B, Hk, M] int32, -1 for none; one key may stand more than once. Slots that are wanted at this tick, all hits
     among them, are no victims: there must be others enough. Returns loads [Hk, B * M, 2] int32: (key, slot) of each
     miss, in the order of its first place in ``keys`` and of ascending slots; and counts [Hk] int32 of them, which are
-    added to ``counter`` [1] int64, too.
+    added to ``counter`` [1] int64, too. clock: [CLOCK] int64, on a device only: the time from here to the end of
+    :func:`load_blocks`, where there is something to load.
     """
     num_kv, now = keys.shape[1], int(tick)
     loads = torch.full((num_kv, keys.shape[0] * keys.shape[2], 2), -1, dtype=torch.int32, device=keys.device)
@@ -203,7 +225,7 @@ def block_rows(
 
 def load_blocks(
     pages: tuple[Tensor, Tensor], loads: Tensor, counts: Tensor, store: tuple[Tensor, Tensor], num_slots: int,
-    first: int,
+    first: int, clock: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Copy the blocks of ``loads`` [Hk, n, 2] (key, slot), ``counts`` [Hk] of them, from pages to slots.
 
@@ -235,3 +257,8 @@ def copy_between(
     sources, targets = source_pages[there], target_pages[there]
     for origin, copy in zip(source, target, strict=True):
         copy[targets.to(copy.device)] = origin[sources.to(origin.device)].to(copy.device)
+
+
+def add_time(total: Tensor, sign: int) -> None:
+    """Add now, in nanoseconds, to ``total`` [1] int64, or take it away."""
+    total += sign * time.perf_counter_ns()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from slipstream.kernels.launch import block_size as power_of_two
 from slipstream.kernels.launch import launch_options
@@ -26,6 +26,7 @@ def _load_kernel(
     counts_ptr,
     to_k_ptr,
     to_v_ptr,
+    clock_ptr,
     num_slots,
     first,
     most,
@@ -53,11 +54,15 @@ def _load_kernel(
             v = tl.load(v_ptr + source + start + at, mask=inside, other=0.0)
             tl.store(to_k_ptr + target + start + at, k, mask=inside)
             tl.store(to_v_ptr + target + start + at, v, mask=inside)
+    if clock_ptr is not None:
+        if count > 0:
+            tl.debug_barrier()
+            tl.atomic_max(clock_ptr + 1, globaltimer(), sem="relaxed")
 
 
 def load_blocks(
     pages: tuple[Tensor, Tensor], loads: Tensor, counts: Tensor, store: tuple[Tensor, Tensor], num_slots: int,
-    first: int,
+    first: int, clock: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See :func:`slipstream.kernels.reference_residency.load_blocks`. Reads nothing back to the host."""
     num_kv, page, dim = pages[0].shape[1:]
@@ -67,7 +72,7 @@ def load_blocks(
         return
     row = block * dim
     _load_kernel[(min(LOAD_PROGRAMS, loads.shape[1]), num_kv)](
-        *pages, loads, counts, *store, num_slots, first, loads.shape[1], NUM_KV=num_kv, PER_PAGE=page // block,
+        *pages, loads, counts, *store, clock, num_slots, first, loads.shape[1], NUM_KV=num_kv, PER_PAGE=page // block,
         ROW=row, BLOCK=min(COPY_TILE, power_of_two(row)), **launch_options(loads, num_warps=8),
     )  # fmt: skip
 
@@ -114,3 +119,16 @@ def copy_between(
             *source, *target, source_pages, target_pages, num_pages * tiles, ROW=row, TILES=tiles, BLOCK=block,
             **launch_options(source_pages, num_warps=8),
         )  # fmt: skip
+
+
+@triton.jit
+def _time_kernel(total_ptr, sign, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    tl.store(total_ptr, tl.load(total_ptr) + sign * globaltimer())
+
+
+def add_time(total: Tensor, sign: int) -> None:
+    """See :func:`slipstream.kernels.reference_residency.add_time`: the device's time."""
+    _time_kernel[(1,)](total, sign, **launch_options(total, num_warps=1))

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from slipstream.kernels.launch import block_size as power_of_two
 from slipstream.kernels.launch import launch_options
@@ -48,6 +48,7 @@ def _find_kernel(
     made_for_ptr,
     tick_ptr,
     counters_ptr,
+    scores_ptr,
     out_ptr,
     urgent_ptr,
     later_ptr,
@@ -57,7 +58,9 @@ def _find_kernel(
     width,
     set_width,
     out_width,
+    scores_width,
     drift,
+    margin,
     MODE: tl.constexpr,
     PER_PAGE: tl.constexpr,
     SIZE: tl.constexpr,
@@ -100,12 +103,22 @@ def _find_kernel(
     fresh = present & (shared == 0)
     num = tl.sum(present.to(tl.int32), axis=0)
     turned = tl.sum(fresh.to(tl.int32), axis=0)
-    drifted = valid & (turned.to(tl.float32) > drift * num.to(tl.float32))
+    keys = _keys(blocks, tail, table_ptr, PER_PAGE)
+    block_slots = _slots(keys, slot_of_ptr)
+    drifted = turned.to(tl.float32) > drift * num.to(tl.float32)
+    if scores_ptr is not None:
+        scored = present & (blocks < tail)
+        missing = fresh & (blocks < tail)
+        if MODE == "union":
+            missing &= block_slots < 0
+        scores = tl.load(scores_ptr + row * scores_width + blocks, mask=scored, other=0.0)
+        low = tl.min(tl.where(scored, scores, float("inf")), axis=0)
+        high = tl.max(tl.where(scored, scores, -float("inf")), axis=0)
+        drifted |= tl.max(tl.where(missing, scores, -float("inf")), axis=0) - low > margin * (high - low)
+    drifted &= valid
     sync = live & ((valid == 0) | drifted)
     if MODE == "current":
         sync = live
-    keys = _keys(blocks, tail, table_ptr, PER_PAGE)
-    block_slots = _slots(keys, slot_of_ptr)
     tl.store(urgent_ptr + row * width + places, tl.where(sync, keys, -1), mask=inside)
     end = tl.where(length % (SIZE * PER_PAGE) == 0, LAST, tail)
     tl.store(later_ptr + row * width + places, _keys(nexts, end, table_ptr, PER_PAGE), mask=inside)
@@ -161,10 +174,13 @@ def find_blocks(
     block_size: int,
     mode: str,
     drift: float,
+    scores: Tensor | None = None,
+    margin: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`slipstream.kernels.reference_residency.find_blocks`. Reads nothing back to the host."""
     requests, num_kv, width = blocks.shape
     assert blocks.is_contiguous() and nexts.is_contiguous() and nexts.shape == blocks.shape and sets.is_contiguous()
+    assert scores is None or scores.is_contiguous()
     assert made_for.is_contiguous() and all(x.is_contiguous() for x in slots) and width <= sets.shape[2]
     out_width = {"previous": width + 1, "union": 2 * width, "current": width}[mode]
     out = blocks.new_empty((requests, num_kv, out_width))
@@ -172,9 +188,10 @@ def find_blocks(
     if requests:
         block_m = power_of_two(width, smallest=CHUNK)
         _find_kernel[(num_kv, requests)](
-            blocks, nexts, page_table, seats, lengths, slots.slot_of, slots.used, sets, made_for, tick, counters, out,
-            urgent, later, page_table.stride(0), slots.slot_of.shape[1], slots.used.shape[1], width, sets.shape[2],
-            out_width, drift, MODE=mode, PER_PAGE=per_page, SIZE=block_size, BLOCK_M=block_m,
+            blocks, nexts, page_table, seats, lengths, slots.slot_of, slots.used, sets, made_for, tick, counters,
+            scores, out, urgent, later, page_table.stride(0), slots.slot_of.shape[1], slots.used.shape[1], width,
+            sets.shape[2], out_width, 0 if scores is None else scores.shape[2], drift, margin,
+            MODE=mode, PER_PAGE=per_page, SIZE=block_size, BLOCK_M=block_m,
             BLOCK_W=power_of_two(out_width), CHUNK=CHUNK, **launch_options(blocks, num_warps=4),
         )  # fmt: skip
     return out, urgent, later
@@ -188,6 +205,7 @@ def _claim_kernel(
     used_ptr,
     tick_ptr,
     counter_ptr,
+    clock_ptr,
     loads_ptr,
     counts_ptr,
     num_keys,
@@ -203,6 +221,11 @@ def _claim_kernel(
         gdc_wait()
         gdc_launch_dependents()
     head = tl.program_id(0)
+    if clock_ptr is not None:
+        if head == 0:
+            last = tl.load(clock_ptr + 1) - tl.load(clock_ptr)  # below 0 where nothing was loaded
+            tl.store(clock_ptr + 2, tl.load(clock_ptr + 2) + tl.maximum(last, 0))
+            tl.store(clock_ptr, globaltimer())
     tick = tl.load(tick_ptr)
     slot_of_ptr += head.to(tl.int64) * num_keys
     key_of_ptr += head * num_slots
@@ -242,7 +265,9 @@ def _claim_kernel(
     tl.atomic_add(counter_ptr, num.to(tl.int64))
 
 
-def claim_slots(keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+def claim_slots(
+    keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor, clock: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`slipstream.kernels.reference_residency.claim_slots`; what is behind the counts is undefined."""
     requests, num_kv, width = keys.shape
     assert keys.is_contiguous() and all(x.is_contiguous() for x in slots)
@@ -252,7 +277,7 @@ def claim_slots(keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor) -> tu
         block_c = power_of_two(slots.used.shape[1], smallest=16)
         block_i = power_of_two(requests * width, smallest=16)
         _claim_kernel[(num_kv,)](
-            keys, *slots, tick, counter, loads, counts, slots.slot_of.shape[1], slots.used.shape[1], width,
+            keys, *slots, tick, counter, clock, loads, counts, slots.slot_of.shape[1], slots.used.shape[1], width,
             requests * width, BLOCK_I=block_i, BLOCK_C=block_c,
             **launch_options(keys, num_warps=max(num_warps(block_c), num_warps(block_i))),
         )  # fmt: skip
