@@ -314,7 +314,8 @@ def test_help_lists_every_engine_option(slipstream, command):
     code, out, _ = slipstream(*command, "--help")
     assert code == 0
     for option in fields(Options):
-        assert f"--{option.name.replace('_', '-')} " in out, option.name
+        (flag,) = option.metadata["flags"] or [f"--{option.name.replace('_', '-')}"]
+        assert f"{flag} " in out, option.name
     own = {"generate": ["--file", "--out", "--stop", "--request-seed"], "eval": ["--tasks", "--json", "--log"],
            "compare": ["--methods", "--budgets", "--probe", "--picture"]}  # fmt: skip
     assert all(flag in out for flag in own.get(command[0], ["--batch", "--steps", "--json"]))

@@ -17,13 +17,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attention": {"types", "kernels", "overlap", "kvcache", "selection"},
     "models": {"types", "kernels", "attention.backend"},
     "engine": {"types", "kernels", "overlap", "kvcache", "selection", "attention", "models"},
+    "scale": {"types", "overlap", "kvcache", "models", "engine"},
     "asyncspade": {"types", "kernels", "overlap", "kvcache", "selection", "attention"},
     "asynctls": {"types", "kernels", "overlap", "kvcache", "selection", "attention"},
     "atts": {"types"},
     "tasks": {"types"},
     "text": {"types"},
     "assets": set(),
+    "split": {"asyncspade", "asynctls", "scale", "selection"},
     "build": {"*"},
+    "rank": {"build", "scale"},
     "llm": {"build", "types", "text", "engine"},
     "evaluation": {"llm", "types", "tasks"},
     "benchmark": {"build", "llm", "types", "engine", "attention", "selection"},
@@ -58,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"*"},
     "__main__": {"cli"},
 }
-NEVER_BELOW_BUILD = {"build", "llm", "cli", "cli_scale", "scaling", "server", "evaluation", "demo", "__init__"}
+NEVER_BELOW_BUILD = {"build", "rank", "llm", "cli", "cli_scale", "scaling", "server", "evaluation", "demo", "__init__"}
 
 # by-law (b): these appear only where time is somebody's business
 TIME_MODULES = {"threading", "asyncio", "torch.distributed", "queue"}
@@ -69,6 +72,8 @@ TIME_ROOMS = {
     "atts/pipeline",
     "atts/servers",
     "scaling",
+    "scale",
+    "rank",
     "server",
     "llm",
 }
@@ -140,4 +145,4 @@ def test_files_stay_readable():
     """Complexity has a budget: no file of the package beyond 400 lines, and so many in all (docs/architecture.md)."""
     lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
     assert {str(p): n for p, n in lines.items() if n > 400} == {}
-    assert sum(lines.values()) < 27_500
+    assert sum(lines.values()) < 28_500

@@ -6,9 +6,8 @@ derives its flags from them, and every misspelled name is answered with the near
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,23 @@ from slipstream.asynctls.config import AsyncTLS, plan_offload
 from slipstream.asynctls.offload import HostPool, Stage
 from slipstream.attention import crossover
 from slipstream.attention.backend import AttentionBackend
-from slipstream.attention.calibration import FILE_NAME, Calibration, ModelIdentity
+from slipstream.attention.calibration import Calibration, ModelIdentity, find_calibration
 from slipstream.attention.dense import DenseBackend, Full
+from slipstream.attention.expanded import ExpandedPrompts
 from slipstream.attention.flashinfer import FlashInferBackend, flashinfer_supports
 from slipstream.attention.flashinfer_latent import FlashInferLatentBackend, flashinfer_supports_latent
 from slipstream.attention.sparse import SparseBackend
 from slipstream.attention.tova import TovaBackend
 from slipstream.engine.engine import Engine, EngineConfig
+from slipstream.engine.runner import Runner
 from slipstream.kvcache.index import KeyIndex
-from slipstream.kvcache.plan import MemoryPlan, device_bytes, parse_bytes, plan_memory
+from slipstream.kvcache.plan import MemoryPlan, activation_bytes, device_bytes, parse_bytes, plan_memory
 from slipstream.kvcache.pool import KVPool
 from slipstream.models.checkpoint import locate
 from slipstream.models.decoder import CausalLM
-from slipstream.models.weights import load_model
+from slipstream.models.parallel import Ranks
+from slipstream.models.weights import check_split, load_model
+from slipstream.scale.lead import Lead
 from slipstream.selection.double_sparsity import DoubleSparsity
 from slipstream.selection.oracle import Oracle
 from slipstream.selection.quest import Quest
@@ -47,6 +50,7 @@ from slipstream.selection.selector import Budgeted
 from slipstream.selection.tova import Tova
 from slipstream.selection.two_level import TwoLevel
 from slipstream.selection.window import Window
+from slipstream.split import start_ranks
 from slipstream.text import Codec
 from slipstream.types import ModelSpec, nearest, options, reject_unknown
 
@@ -67,8 +71,8 @@ ATTENTION: dict[str, type[Attention]] = {
 DENSE_KERNELS = ("auto", "flashinfer", "triton", "reference")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, flag: str | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "flags": [] if flag is None else [flag]})
 
 
 @options
@@ -94,9 +98,13 @@ class Options:
     overlap: bool | None = _option(None, "launch a step before the tokens of the last are read; default: on a GPU")
     cuda_graphs: bool = _option(True, "capture decode steps as CUDA graphs")
     kernels: str = _option("auto", "dense attention by 'flashinfer' (where installed), 'triton', or 'reference' (CPU)")
+    tensor_parallel_size: int = _option(
+        1, "GPUs that share the model, each with its heads (on a CPU: processes)", "--tensor-parallel"
+    )
+    step_timeout: float = _option(300.0, "seconds after which a step of several GPUs counts as failed")
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "page_size", "max_num_seqs", "max_batch_tokens"):
+        for name in ("max_model_len", "page_size", "max_num_seqs", "max_batch_tokens", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -104,6 +112,8 @@ class Options:
             raise ValueError(f"kernels {self.kernels!r} is unknown; {nearest(self.kernels, DENSE_KERNELS)}")
         if self.kv_memory is not None:
             parse_bytes(self.kv_memory)
+        if not self.step_timeout > 0:
+            raise ValueError(f"step_timeout must be a positive number of seconds, got {self.step_timeout!r}")
 
 
 @dataclass
@@ -119,6 +129,7 @@ class Parts:
     codec: Codec | None
     name: str
     identity: ModelIdentity
+    ranks: Ranks
 
 
 def embedded_models() -> dict[str, Path]:
@@ -243,9 +254,9 @@ def make_backend(
         predictor = Predictor(config, spec, num_seats, network.cos_sin, pool.device, mlp)
         return AsyncSpadeBackend(pool, spec, index, config, dense, at, num_seats, predictor, online)
     if isinstance(config, AsyncTLS):
-        assert index is not None
-        predicts = config.candidates == "predicted"
-        guess = Predictor(config, spec, num_seats, network.cos_sin, pool.device) if predicts else None
+        guess, queries = None, AsyncSpade(predictor=config.predictor, window=config.window)
+        if config.candidates == "predicted":
+            guess = Predictor(queries, spec, num_seats, network.cos_sin, pool.device)
         return assemble(config, pool, spec, index, dense, at, num_seats, stage=stage, online=online, predictor=guess)
     selector = config.selector(pool, spec, index)
     return SparseBackend(pool, spec, index, selector, dense, at, config.dense_layers, config.unread, online)
@@ -254,22 +265,6 @@ def make_backend(
 def talks_to_a_rank(config: Attention) -> bool:
     """Whether steps wait for another process, which a captured step cannot."""
     return isinstance(config, AsyncSpade) and config.cache_rank is not None
-
-
-def find_calibration(config: Attention, source: Any, identity: ModelIdentity, device: torch.device) -> Calibration:
-    """The one that the user names, else the one in the model's directory, else one without tokens."""
-    path = getattr(config, "calibration", None)
-    if path is None and isinstance(source, Path) and (source / FILE_NAME).exists():
-        path = source / FILE_NAME
-    return Calibration(identity, device) if path is None else Calibration.load(path, identity, device)
-
-
-def identify(network: CausalLM, spec: ModelSpec, name: str) -> ModelIdentity:
-    """Tells models of one shape apart by some of their weights, whatever precision they are loaded in."""
-    digest = hashlib.sha256()
-    for weight in (network.embedding, network.layers[-1].down.dense_weight()):
-        digest.update(weight[:8].bfloat16().float().cpu().numpy().tobytes())
-    return ModelIdentity.of(name, spec, digest.hexdigest()[:16])
 
 
 def extra_bytes(config: Attention, spec: ModelSpec, num_seats: int) -> tuple[int, int]:
@@ -296,10 +291,11 @@ def place_on_host(
     room = free if asked is None else parse_bytes(asked)
     if device.type == "cuda" and room > free:
         raise ValueError(f"gpu_kv = {asked!r}, but {device} has only {max(free, 0):,} bytes for it: lower gpu_kv")
+    queries = AsyncSpade(predictor=config.predictor, window=config.window)
     plan = plan_offload(
         config, spec, page_size=chosen.page_size, max_num_seqs=chosen.max_num_seqs, max_model_len=spec.max_position,
         device_bytes=room,
-        more_seat_bytes=Predictor.seat_bytes(config, spec) if config.candidates == "predicted" else 0,
+        more_seat_bytes=Predictor.seat_bytes(queries, spec) if config.candidates == "predicted" else 0,
     )  # fmt: skip
     config.check_seats(plan.num_seats)
     memory = MemoryPlan(plan.num_pages, chosen.page_size, plan.host_bytes // plan.num_pages, plan.device_bytes)
@@ -307,14 +303,32 @@ def place_on_host(
     return memory, pool, Stage(spec, plan.stage_pages, chosen.page_size, plan.num_seats, device), plan.num_seats
 
 
-def build(model: Any, chosen: Options) -> Parts:
-    """Everything that decoding needs, wired. A mistake raises ``ValueError`` before anything large is allocated."""
+def build(model: Any, chosen: Options, ranks: Ranks | None = None) -> Parts:
+    """Everything that decoding needs, wired. A mistake raises ``ValueError`` before anything large is allocated.
+
+    ranks: given to a rank that another one started; by default this is rank 0, which starts the others.
+    """
     config = parse_attention(chosen.attention)
     device = choose_device(chosen.device)
     check_kernels(chosen.kernels, device)
     if isinstance(config, Budgeted):
         config.check_page_size(chosen.page_size)
     source = find_model(model)
+    if ranks is not None or chosen.tensor_parallel_size == 1:
+        ranks = ranks or Ranks()
+        return _build(model, source, chosen, config, ranks.place(device), ranks)
+    check_split(source, chosen.load_format, chosen.tensor_parallel_size)
+    given = {option.name: getattr(chosen, option.name) for option in fields(chosen)}
+    lead = start_ranks(model, given, method_of(config), config, device)
+    try:
+        with lead.loading():
+            return _build(model, source, chosen, config, lead.place(device), lead)
+    except BaseException:
+        lead.close()
+        raise
+
+
+def _build(model: Any, source: Any, chosen: Options, config: Attention, device: torch.device, ranks: Ranks) -> Parts:
     if isinstance(source, (str, Path)):
         source = locate(source, with_weights=chosen.load_format == "auto")
     network, spec = load_model(
@@ -324,12 +338,16 @@ def build(model: Any, chosen: Options) -> Parts:
         load_format=chosen.load_format,
         max_model_len=chosen.max_model_len,
         seed=chosen.seed,
+        ranks=ranks,
     )
     if isinstance(config, Budgeted):
         config = config.for_model(spec)
     name = str(model) if isinstance(model, (str, Path)) else spec.architecture
-    identity = identify(network, spec, name)
-    calibration = find_calibration(config, source, identity, device)
+    ranks.least(0)  # all have loaded; from here on they wait for each other for a step's time at most
+    whole_spec = replace(spec, num_kv_heads=spec.num_kv_heads * ranks.count)
+    identity = ModelIdentity.of(name, whole_spec, network.digest())
+    whole = find_calibration(getattr(config, "calibration", None), source, identity, device)
+    calibration = whole.part(ranks.share(identity.num_kv_heads))
     per_token, fixed = extra_bytes(config, spec, chosen.max_num_seqs)
     codec = Codec.load(source) if isinstance(source, Path) else None
     pool: KVPool
@@ -346,6 +364,7 @@ def build(model: Any, chosen: Options) -> Parts:
             extra_bytes_per_token=per_token,
             fixed_bytes=fixed,
         )
+        memory = replace(memory, num_pages=ranks.least(memory.num_pages))
         pool = KVPool(
             spec.num_layers,
             memory.num_pages,
@@ -364,14 +383,12 @@ def build(model: Any, chosen: Options) -> Parts:
         prefix_cache=chosen.prefix_cache,
         seed=chosen.seed,
     )
-    dense = dense_backend(chosen.kernels, pool if stage is None else stage, spec, device)
+    paged: Any = pool if stage is None else stage
+    dense = dense_backend(chosen.kernels, paged, spec, device)
+    if network.config.latent is not None:
+        dense = ExpandedPrompts(dense, paged, spec, network.config.latent.nope, network.config.latent.value)
+        network.set_prompt_form(dense)
     backend = make_backend(config, dense, pool, spec, num_seats, calibration, network, stage)
-    engine = Engine(network, spec, pool, backend, engine_config)
-    return Parts(network, spec, memory, pool, backend, engine, codec, name, identity)
-
-
-def activation_bytes(spec: ModelSpec, max_batch_tokens: int) -> int:
-    """Device memory to leave for a step: some hidden-sized tensors per token, logits of 256 rows, workspaces."""
-    per_token = 16 * max(spec.hidden_size, spec.num_heads * spec.head_dim) * spec.dtype.itemsize
-    logits = 3 * 256 * spec.vocab_size * 4
-    return max_batch_tokens * per_token + logits + (512 << 20)
+    make_runner = ranks.make_runner if isinstance(ranks, Lead) else Runner
+    engine = Engine(network, spec, pool, backend, engine_config, make_runner)
+    return Parts(network, spec, memory, pool, backend, engine, codec, name, identity, ranks)

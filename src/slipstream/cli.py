@@ -61,10 +61,10 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     parameters = [p.replace(annotation=hints[p.name]) for n, p in own.parameters.items() if n != "engine"]
     for option in fields(Options):
         assert option.default is not MISSING
-        kind = {"bool": bool, "int": int, "int | None": int | None, "bool | None": bool | None}.get(
+        kind = {"bool": bool, "int": int, "float": float, "int | None": int | None, "bool | None": bool | None}.get(
             str(option.type), str if isinstance(option.default, str) else str | None
         )
-        flag = typer.Option(help=option.metadata["help"], rich_help_panel="Engine")
+        flag = typer.Option(*option.metadata["flags"], help=option.metadata["help"], rich_help_panel="Engine")
         parameters.append(
             inspect.Parameter(
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=Annotated[kind, flag]
@@ -279,9 +279,9 @@ def demo(
     samples: Annotated[int, typer.Option(help="Problems per task.")] = 8,
 ) -> None:
     """The embedded model thinks aloud, then solves a batch; ends with a table, a picture and one JSON line."""
-    from slipstream.demo import run_demo
+    from slipstream.demo import LATENT, run_demo
 
-    run_demo(picture, samples, err)
+    run_demo(picture, samples, err, LATENT in embedded_models())
 
 
 def main() -> None:

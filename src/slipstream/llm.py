@@ -64,7 +64,7 @@ class LLM:
         parts = build(model, self.options)
         self.name, self.identity, self.spec, self.memory = parts.name, parts.identity, parts.spec, parts.memory
         self.model, self.pool, self.engine = parts.model, parts.pool, parts.engine
-        self._codec = parts.codec
+        self._codec, self._ranks = parts.codec, parts.ranks
         self._inbox: dict[Request, deque[Event]] = {}
         self._lock = threading.Lock()
         self._asynchronous: AsyncEngine | None = None
@@ -239,11 +239,15 @@ class LLM:
         return self._asynchronous
 
     def close(self) -> None:
-        """Stop the asynchronous face, and let go of a cache rank, if there is one. The engine holds memory only."""
+        """Stop the asynchronous face, and let go of a cache rank, if there is one. The engine holds memory only.
+
+        With ``tensor_parallel_size`` above 1 the other ranks end, and with them this engine, for good.
+        """
         if self._asynchronous is not None:
             self._asynchronous.close()
             self._asynchronous = None
         self.engine.backend.close()
+        self._ranks.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -316,6 +316,10 @@ class Delta:
     stop_reason: int | str | None = None
 
 
+class PeerLost(RuntimeError):
+    """A process that holds part of a request is gone, and the request with it; it may be asked again."""
+
+
 @runtime_checkable
 class Generator(Protocol):
     """Tokens in, tokens out, asynchronously: the one face that ``atts`` and ``server`` know.

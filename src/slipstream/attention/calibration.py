@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ class Calibration:
         order = self.sums.argsort(dim=-1, descending=True, stable=True)
         return order[..., :num_channels].sort(dim=-1).values.int()
 
+    def part(self, heads: slice) -> Calibration:
+        """Of some KV heads only: a rank's."""
+        own = Calibration(replace(self.identity, num_kv_heads=heads.stop - heads.start), self.sums.device)
+        own.num_tokens = self.num_tokens
+        own.sums.copy_(self.sums[:, heads])
+        return own
+
     def save(self, path: str | Path) -> None:
         assert self.num_tokens, "nothing was observed"
         facts = {"schema": SCHEMA, "num_tokens": self.num_tokens, **asdict(self.identity)}
@@ -103,6 +110,13 @@ class Calibration:
         return calibration
 
 
+def find_calibration(path: str | None, source: Any, identity: ModelIdentity, device: torch.device) -> Calibration:
+    """The one that the user names, else the one in the model's directory, else one without tokens."""
+    if path is None and isinstance(source, Path) and (source / FILE_NAME).exists():
+        return Calibration.load(source / FILE_NAME, identity, device)
+    return Calibration(identity, device) if path is None else Calibration.load(path, identity, device)
+
+
 def calibrate(llm: Any, prompts: Sequence[Any]) -> Calibration:
     """Run prompts (text or token ids) through an ``LLM`` with a sparse method and accumulate over all their tokens.
 
@@ -113,6 +127,8 @@ def calibrate(llm: Any, prompts: Sequence[Any]) -> Calibration:
     record = getattr(llm.engine.backend, "record", None)
     if record is None:
         raise ValueError("calibration needs an attention method that selects: load with attention='double_sparsity'")
+    if llm.identity.num_kv_heads != llm.spec.num_kv_heads:
+        raise ValueError("one of several ranks sees its own heads only: calibrate with tensor_parallel_size=1")
     calibration = Calibration(llm.identity, llm.device)
     record(calibration)
     try:

@@ -7,7 +7,7 @@ import random
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from slipstream.attention.backend import AttentionBackend
@@ -61,6 +61,7 @@ class Engine:
         pool: KVPool,
         backend: AttentionBackend,
         config: EngineConfig | None = None,
+        make_runner: Callable[..., Runner] = Runner,
     ) -> None:
         config = config or EngineConfig()
         on_cuda = pool.device.type == "cuda"
@@ -77,7 +78,7 @@ class Engine:
             prefill_pages=backend.prefill_pages,
         )
         self.backend = backend
-        self.runner = Runner(
+        self.runner = make_runner(
             model,
             pool,
             backend,

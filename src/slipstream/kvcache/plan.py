@@ -103,6 +103,13 @@ def device_bytes(device: torch.device, reserve_bytes: int) -> int:
     return min(_CPU_DEFAULT_BYTES, available_host_bytes() // 2)
 
 
+def activation_bytes(spec: ModelSpec, max_batch_tokens: int) -> int:
+    """Device memory to leave for a step: some hidden-sized tensors per token, logits of 256 rows, workspaces."""
+    per_token = 16 * max(spec.hidden_size, spec.num_heads * spec.head_dim) * spec.dtype.itemsize
+    logits = 3 * 256 * spec.vocab_size * 4
+    return max_batch_tokens * per_token + logits + (512 << 20)
+
+
 def available_host_bytes() -> int:
     """Memory that the host can still give, in bytes (Linux counts what it could drop from its caches too)."""
     meminfo = Path("/proc/meminfo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from slipstream.models.parallel import Ranks
 from slipstream.models.parameters import Parameter, Source
 
 INDEX = "model.safetensors.index.json"
@@ -73,13 +74,9 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def copy(self, parameter: Parameter, destination: torch.Tensor) -> None:
-        """Fills ``destination`` (the parameter's shape, any device, fp32/bf16) from the parameter's sources."""
-        start = 0
-        for source in parameter.sources:
-            size = source.shape[parameter.axis]
-            destination.narrow(parameter.axis, start, size).copy_(self._read(source))
-            start += size
+    def copy(self, parameter: Parameter, destination: torch.Tensor, ranks: Ranks) -> None:
+        """Fills ``destination`` (the shape of this rank's part, any device, fp32/bf16) from the parameter's sources."""
+        fill(parameter, destination, self._read, ranks)
 
     def refuse_unread(self, prefixes: Iterable[str], read: set[str]) -> None:
         """``ValueError`` for a tensor under one of the prefixes that no parameter takes: ignoring it changes logits."""
@@ -89,8 +86,11 @@ class Checkpoint:
             if name.startswith(starts) and name not in read and not name.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"{file}: nothing in this architecture takes tensor {name}; does config.json fit it?")
 
-    def _read(self, source: Source) -> torch.Tensor:
-        """The tensor on the host, memory-mapped, after its header was compared with what the config expects."""
+    def _read(self, source: Source, cut: tuple[slice, ...]) -> torch.Tensor:
+        """The tensor, or that part of it, on the host, after its header was compared with what the config expects.
+
+        A whole one is memory-mapped; of a part, no other bytes are read.
+        """
         if source.name not in self.files:
             raise ValueError(f"{self.directory}: tensor {source.name} of shape {source.shape} is missing")
         path = self.files[source.name]
@@ -104,7 +104,10 @@ class Checkpoint:
             raise ValueError(f"{path}: tensor {source.name} has shape {shape}, config.json asks for {source.shape}")
         if dtype not in SOURCE_DTYPES:
             raise ValueError(f"{path}: tensor {source.name} has dtype {dtype}; supported: {', '.join(SOURCE_DTYPES)}")
-        return file.get_tensor(source.name)
+        if cut[0].stop - cut[0].start == 0:
+            return torch.empty(0, *shape[1:])
+        whole = all(place == slice(0, size) for place, size in zip(cut, shape, strict=False))
+        return file.get_tensor(source.name) if whole else header[cut]
 
     def _find_files(self) -> dict[str, Path]:
         index, single = self.directory / INDEX, self.directory / SINGLE
@@ -133,3 +136,19 @@ class Checkpoint:
                     f"{path} is not a readable safetensors file (cut off, or a git-lfs pointer?): {error}"
                 ) from error
         return self._open_files[path]
+
+
+def fill(
+    parameter: Parameter,
+    destination: torch.Tensor,
+    read: Callable[[Source, tuple[slice, ...]], torch.Tensor],
+    ranks: Ranks,
+) -> None:
+    """This rank's part of a parameter, from the cuts of its sources that ``read`` gives; missing rows become zeros."""
+    start = 0
+    for source, own in zip(parameter.sources, parameter.part(ranks).sources, strict=True):
+        place = destination.narrow(parameter.axis, start, own.shape[parameter.axis])
+        start += own.shape[parameter.axis]
+        piece = read(source, parameter.cut(source, ranks))
+        place[: len(piece)].copy_(piece)
+        place[len(piece) :].zero_()

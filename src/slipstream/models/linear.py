@@ -39,6 +39,10 @@ class Linear:
         """The projection to the first ``count`` outputs. Shares the weight, but where it is packed."""
         return Linear(self.dense_weight()[:count], None if self.bias is None else self.bias[:count])
 
+    @property
+    def num_outputs(self) -> int:
+        return self.weight.shape[0]
+
     def dense_weight(self) -> torch.Tensor:
         """[out, in] in the ordinary layout (a copy when it is packed)."""
         return self.weight.to_dense() if self._packed else self.weight

@@ -7,7 +7,8 @@ sum of latents. So a backend sees one KV head of that width, many query heads, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 
@@ -19,10 +20,20 @@ from slipstream.models.linear import Linear
 from slipstream.models.moe import GatedMlp, Mixture
 
 
+class PromptForm(Protocol):
+    """Who attends to prompts in expanded form, see :class:`slipstream.attention.expanded.ExpandedPrompts`."""
+
+    def offer(self, query: tuple[torch.Tensor, torch.Tensor], key_up: torch.Tensor, value_up: torch.Tensor) -> None: ...
+
+    def take(self, values: torch.Tensor) -> torch.Tensor: ...
+
+
 class LatentAttention:
     """Attention of one layer. weights: those of ``models.parameters.LATENT_ATTENTION`` and one of the two queries."""
 
-    __slots__ = ("index", "latent", "q_kv", "q_norm", "q_up", "kv_norm", "key_up", "value_up", "output", "num_heads")
+    __slots__ = (
+        "index", "latent", "q_kv", "q_norm", "q_up", "kv_norm", "key_up", "value_up", "output", "num_heads", "prompts",
+    )  # fmt: skip
 
     def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
         assert config.latent is not None, "a config without latent attention"
@@ -37,25 +48,48 @@ class LatentAttention:
         self.key_up = up[:, : self.latent.nope]  # [Hq, nope, kv_lora]
         self.value_up = up[:, self.latent.nope :].transpose(1, 2)  # [Hq, kv_lora, value]
         self.output = Linear(weights["output"])
+        self.prompts: PromptForm | None = None
 
     def __call__(
         self, normed: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, backend: AttentionBackend
     ) -> torch.Tensor:
         """normed: [T, H] -> [T, H]."""
         k_pages, _, slots = backend.view(self.index)
-        width = self.latent.kv_lora
         heads, latent = self.q_kv(normed).tensor_split([-self.latent.row], dim=1)
-        if self.q_up is not None:
-            assert self.q_norm is not None
-            heads = self.q_up(ops.rms_norm(heads, self.q_norm, LORA_NORM_EPS))
-        heads = heads.unflatten(1, (self.num_heads, -1))
+        heads = self._heads(heads)
         q = ops.mla_rope_store(heads, latent, self.kv_norm, LORA_NORM_EPS, cos_sin, positions, slots, k_pages)
-        nope = heads[..., : self.latent.nope].transpose(0, 1)
-        torch.bmm(nope, self.key_up, out=q[..., :width].transpose(0, 1))
-        attended = backend.attend(self.index, q)
+        if self.prompts is not None:
+            unabsorbed = heads[..., : self.latent.nope], q[..., self.latent.kv_lora :]
+            self.prompts.offer(unabsorbed, self.key_up, self.value_up)
+        attended = backend.attend(self.index, self._absorb(heads, q))
         values = torch.empty((len(q), self.num_heads, self.latent.value), dtype=q.dtype, device=q.device)
         torch.bmm(attended.transpose(0, 1), self.value_up, out=values.transpose(0, 1))
+        if self.prompts is not None:
+            values = self.prompts.take(values)
         return self.output(values.flatten(1))
+
+    def foresight(self, cos_sin: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(normed [T, H], positions [T]) -> the absorbed queries [T, Hq, row] that a call would attend with."""
+        down = self.q_kv.first_rows(self.q_kv.num_outputs - self.latent.row)
+
+        def foresee(normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            heads = self._heads(down(normed))
+            return self._absorb(heads, ops.mla_rope(heads, cos_sin, positions, self.latent.row))
+
+        return foresee
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """The queries, or their latent, as [T, Hq, nope + rope]."""
+        if self.q_up is not None:
+            assert self.q_norm is not None
+            x = self.q_up(ops.rms_norm(x, self.q_norm, LORA_NORM_EPS))
+        return x.unflatten(1, (self.num_heads, -1))
+
+    def _absorb(self, heads: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """q [T, Hq, row], of which the rotary columns are there, with the others: what meets the latents."""
+        nope = heads[..., : self.latent.nope].transpose(0, 1)
+        torch.bmm(nope, self.key_up, out=q[..., : self.latent.kv_lora].transpose(0, 1))
+        return q
 
 
 class LatentLayer:
@@ -98,6 +132,13 @@ class LatentLayer:
         normed, residual = ops.add_rms_norm(mixed, residual, self.mlp_norm, self.eps)
         backend.foresee(self.index, residual)
         return ops.add_rms_norm(self.mlp(normed), residual, next_norm, self.eps)
+
+    def foresight(
+        self, config: DecoderConfig, cos_sin: torch.Tensor
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """As :meth:`slipstream.models.layers.DecoderLayer.foresight`."""
+        query = self.attention.foresight(cos_sin)
+        return lambda residual, positions: query(ops.rms_norm(residual, self.input_norm, self.eps), positions)
 
 
 def _halve_pairs(weights: Mapping[str, torch.Tensor], num_heads: int, latent: Latent) -> None:

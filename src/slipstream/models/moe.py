@@ -57,10 +57,9 @@ class Mixture:
         return experts.mixture(x, logits, self.correction, self.rule, self.gate_up, self.down_all, shared)
 
     def _one_by_one(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x, dtype=torch.float32)
+        taken = x.new_empty((chosen.numel(), x.shape[1]))
         for expert in chosen.unique().tolist():
-            token, place = (chosen == expert).nonzero(as_tuple=True)
+            rows = (chosen.flatten() == expert).nonzero().squeeze(1)
             gate_up, down = self.each[expert]
-            result = down(ops.silu_mul(gate_up(x[token])))
-            out.index_add_(0, token, result.float() * weights[token, place, None])
-        return out.to(x.dtype)
+            taken.index_copy_(0, rows, down(ops.silu_mul(gate_up(x[rows // chosen.shape[1]]))))
+        return (taken.view(*chosen.shape, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)

@@ -1,22 +1,24 @@
 """The loading rules as data: which checkpoint tensors make up each of our parameters, and along which axis.
 
-A later tensor-parallel loader reads the same table: merged projections split along axis 0, ``output`` and ``down``
-along axis 1.
+The same table says how ranks share a parameter (``models.parallel``), so that each reads its part of the files only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from slipstream.models.config import DecoderConfig
 from slipstream.models.latent_config import Experts
+from slipstream.models.parallel import Ranks
 
 Shape = tuple[int, ...]
 Fill = Literal["normal", "ones", "zeros"]
+# What one of several ranks holds: everything, its rows, its columns, or everything if it is the first and else zeros.
+Share = Literal["whole", "rows", "columns", "first"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Source:
 class Parameter:
     """One tensor of ours: its sources concatenated along ``axis``, in order. ``fill``: how dummy weights are made.
 
-    wide: kept in float32 whatever the model's dtype is.
+    wide: kept in float32 whatever the model's dtype is. share: what one of several ranks holds of each source.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Parameter:
     axis: int
     fill: Fill
     wide: bool = False
+    share: Share = "whole"
 
     @property
     def shape(self) -> Shape:
@@ -46,6 +49,26 @@ class Parameter:
         merged = list(shapes[0])
         merged[self.axis] = sum(shape[self.axis] for shape in shapes)
         return tuple(merged)
+
+    def part(self, ranks: Ranks) -> Parameter:
+        """What a rank allocates: rows are padded to the same number on all ranks."""
+        if self.share in ("whole", "first"):
+            return self
+        split = int(self.share == "columns")
+        sources = []
+        for source in self.sources:
+            shape = list(source.shape)
+            shape[split] = -(-shape[split] // ranks.count)
+            sources.append(Source(source.name, tuple(shape)))
+        return replace(self, sources=tuple(sources))
+
+    def cut(self, source: Source, ranks: Ranks) -> tuple[slice, ...]:
+        """What a rank reads of one source."""
+        if self.share == "rows":
+            return (ranks.share(source.shape[0]),)
+        if self.share == "columns":
+            return slice(0, source.shape[0]), ranks.share(source.shape[1])
+        return (slice(0, source.shape[0] if self.share == "whole" or ranks.index == 0 else 0),)
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,7 @@ class Rule:
     axis: int = 0
     present: Callable[[DecoderConfig], bool] = lambda config: True
     wide: bool = False
+    share: Share = "whole"
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -70,17 +94,17 @@ def _suffixed(names: tuple[str, ...], suffix: str) -> tuple[str, ...]:
 
 LAYER: tuple[Rule, ...] = (
     Rule("input_norm", ("input_layernorm.weight",), fill="ones"),
-    Rule("qkv", _suffixed(_QKV, "weight")),
-    Rule("qkv_bias", _suffixed(_QKV, "bias"), present=lambda config: config.qkv_bias),
+    Rule("qkv", _suffixed(_QKV, "weight"), share="rows"),
+    Rule("qkv_bias", _suffixed(_QKV, "bias"), present=lambda config: config.qkv_bias, share="rows"),
     Rule("q_norm", ("self_attn.q_norm.weight",), fill="ones", present=lambda config: config.qk_norm),
     Rule("k_norm", ("self_attn.k_norm.weight",), fill="ones", present=lambda config: config.qk_norm),
-    Rule("output", ("self_attn.o_proj.weight",)),
-    Rule("output_bias", ("self_attn.o_proj.bias",), present=lambda config: config.output_bias),
+    Rule("output", ("self_attn.o_proj.weight",), share="columns"),
+    Rule("output_bias", ("self_attn.o_proj.bias",), present=lambda config: config.output_bias, share="first"),
     Rule("mlp_norm", ("post_attention_layernorm.weight",), fill="ones"),
-    Rule("gate_up", _suffixed(_GATE_UP, "weight")),
-    Rule("gate_up_bias", _suffixed(_GATE_UP, "bias"), present=lambda config: config.mlp_bias),
-    Rule("down", ("mlp.down_proj.weight",)),
-    Rule("down_bias", ("mlp.down_proj.bias",), present=lambda config: config.mlp_bias),
+    Rule("gate_up", _suffixed(_GATE_UP, "weight"), share="rows"),
+    Rule("gate_up_bias", _suffixed(_GATE_UP, "bias"), present=lambda config: config.mlp_bias, share="rows"),
+    Rule("down", ("mlp.down_proj.weight",), share="columns"),
+    Rule("down_bias", ("mlp.down_proj.bias",), present=lambda config: config.mlp_bias, share="first"),
 )
 LATENT_ATTENTION: tuple[Rule, ...] = (
     Rule("input_norm", ("input_layernorm.weight",), fill="ones"),
@@ -109,17 +133,17 @@ LAYER_PREFIX = "model.layers.{index}."
 def parameters(config: DecoderConfig) -> Iterator[Parameter]:
     """Every parameter of a decoder, in the order of the forward pass (and so of most checkpoints)."""
     vocabulary = (config.vocab_size, config.hidden_size)
-    yield Parameter("embedding", (Source(EMBEDDING, vocabulary),), 0, "normal")
+    yield Parameter("embedding", (Source(EMBEDDING, vocabulary),), 0, "normal", share="rows")
     shapes = _layer_shapes(config) if config.latent is None else _latent_shapes(config)
     for index in range(config.num_layers):
         prefix = LAYER_PREFIX.format(index=index)
         for rule in _rules(config, index):
             if rule.present(config):
                 sources = tuple(Source(prefix + name, shapes[name]) for name in rule.sources)
-                yield Parameter(f"{index}.{rule.name}", sources, rule.axis, rule.fill, rule.wide)
+                yield Parameter(f"{index}.{rule.name}", sources, rule.axis, rule.fill, rule.wide, rule.share)
     yield Parameter("final_norm", (Source(FINAL_NORM, (config.hidden_size,)),), 0, "ones")
     if not config.tied:
-        yield Parameter("head", (Source(HEAD, vocabulary),), 0, "normal")
+        yield Parameter("head", (Source(HEAD, vocabulary),), 0, "normal", share="rows")
 
 
 def pop_layer(weights: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PretrainedConfig
 
-from slipstream.models.checkpoint import Checkpoint, locate, read_json
+from slipstream.models.checkpoint import Checkpoint, fill, locate, read_json
 from slipstream.models.config import DecoderConfig, normalise, read_config
 from slipstream.models.decoder import CausalLM
+from slipstream.models.parallel import Ranks, own_part
 from slipstream.models.parameters import HEAD, LAYER_PREFIX, Parameter, Source, parameters
 from slipstream.models.rope import longest_position
 from slipstream.types import ModelSpec
@@ -31,6 +32,7 @@ def load_model(
     load_format: str = "auto",
     max_model_len: int | None = None,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> tuple[CausalLM, ModelSpec]:
     """Builds the decoder of a config and fills it, tensor by tensor, straight on the device.
 
@@ -39,6 +41,7 @@ def load_model(
     load_format: "dummy" makes random weights of the config on the device (normal with the config's
     ``initializer_range``, norms 1), the same for the same seed, dtype and kind of device; no weight file is read.
     max_model_len: longest request in tokens; None means the config's ``max_position_embeddings``.
+    ranks: who shares the model; this rank's part is loaded and described, of the same weights whatever their number.
     Raises ``ValueError``, naming file, tensor and shapes, for everything that does not fit together.
     """
     _require_option("load_format", load_format, LOAD_FORMATS)
@@ -46,12 +49,19 @@ def load_model(
     device = torch.device(device)
     torch_dtype = _choose_dtype(dtype, config, device)
     num_positions = _choose_length(max_model_len, config)
+    ranks = ranks or Ranks()
+    part = own_part(config, ranks.count)
     if directory is None or load_format == "dummy":
-        weights = _random_weights(config, torch_dtype, device, seed)
+        weights = _random_weights(config, torch_dtype, device, seed, ranks)
     else:
-        weights = _stored_weights(Checkpoint(directory), config, torch_dtype, device)
-    model = CausalLM(config, weights, num_positions)
-    return model, _describe(config, torch_dtype, num_positions)
+        weights = _stored_weights(Checkpoint(directory), config, torch_dtype, device, ranks)
+    model = CausalLM(part, weights, num_positions, ranks)
+    return model, _describe(part, torch_dtype, num_positions)
+
+
+def check_split(path_or_id: ModelSource, load_format: str, count: int) -> None:
+    """``ValueError`` for a model that so many ranks cannot share. Fetches what a hub id needs, once for all of them."""
+    own_part(_find_config(path_or_id, load_format)[0], count)
 
 
 def _find_config(path_or_id: ModelSource, load_format: str) -> tuple[DecoderConfig, Path | None]:
@@ -73,34 +83,39 @@ def _find_config(path_or_id: ModelSource, load_format: str) -> tuple[DecoderConf
 
 
 def _stored_weights(
-    checkpoint: Checkpoint, config: DecoderConfig, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, config: DecoderConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks
 ) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     read: set[str] = set()
     for parameter in parameters(config):
         kept = torch.float32 if parameter.wide else dtype
-        weights[parameter.name] = torch.empty(parameter.shape, dtype=kept, device=device)
-        checkpoint.copy(parameter, weights[parameter.name])
+        weights[parameter.name] = torch.empty(parameter.part(ranks).shape, dtype=kept, device=device)
+        checkpoint.copy(parameter, weights[parameter.name], ranks)
         read.update(source.name for source in parameter.sources)
     checkpoint.refuse_unread((LAYER_PREFIX.format(index=i) for i in range(config.num_layers)), read)
     if config.tied and HEAD in checkpoint:
-        _keep_own_head(checkpoint, weights)
+        _keep_own_head(checkpoint, weights, config, ranks)
     return weights
 
 
-def _keep_own_head(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
+def _keep_own_head(
+    checkpoint: Checkpoint, weights: dict[str, torch.Tensor], config: DecoderConfig, ranks: Ranks
+) -> None:
     """A tied config beside a stored head of other values: transformers trusts the stored head, so do we."""
-    embedding = weights["embedding"]
+    embedding, shape = weights["embedding"], (config.vocab_size, config.hidden_size)
     head = torch.empty_like(embedding)
-    checkpoint.copy(Parameter("head", (Source(HEAD, tuple(head.shape)),), 0, "normal"), head)
+    checkpoint.copy(Parameter("head", (Source(HEAD, shape),), 0, "normal", share="rows"), head, ranks)
     if not torch.equal(head, embedding):
         weights["head"] = head
 
 
 def _random_weights(
-    config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int, ranks: Ranks
 ) -> dict[str, torch.Tensor]:
-    """Drawn on the device in the target dtype: an 8B model takes seconds and no host memory."""
+    """Drawn on the device in the target dtype: an 8B model takes seconds and no host memory.
+
+    Every rank draws each whole parameter, one at a time, and keeps its part.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for parameter in parameters(config):
@@ -109,8 +124,17 @@ def _random_weights(
             tensor.fill_(1.0 if parameter.fill == "ones" else 0.0)
         else:
             tensor.normal_(0.0, config.initializer_range, generator=generator)
-        weights[parameter.name] = tensor
+        weights[parameter.name] = tensor if ranks.count == 1 else _part_of(tensor, parameter, ranks)
     return weights
+
+
+def _part_of(whole: torch.Tensor, parameter: Parameter, ranks: Ranks) -> torch.Tensor:
+    sizes = [source.shape[parameter.axis] for source in parameter.sources]
+    names = [source.name for source in parameter.sources]
+    pieces = dict(zip(names, whole.split(sizes, parameter.axis), strict=True))
+    own = whole.new_empty(parameter.part(ranks).shape)
+    fill(parameter, own, lambda source, cut: pieces[source.name][cut], ranks)
+    return own
 
 
 def _choose_dtype(dtype: str | torch.dtype, config: DecoderConfig, device: torch.device) -> torch.dtype:
