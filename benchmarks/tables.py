@@ -152,19 +152,102 @@ def accuracy_chains() -> str:
     return table(["task", *names.values()], rows)
 
 
+def newest(name: str) -> dict[str, Any] | None:
+    """The result of this name, of a GPU where there is one."""
+    found = [place for place in (f"h200/{name}", f"cpu/{name}") if (RESULTS / place).exists()]
+    return load(found[0]) if found else None
+
+
 def predictors() -> str:
     """Attention mass, and overlap of what is not always kept, at an eighth of the sequence."""
-    name = next((name for name in ("h200/predictors.json", "cpu/predictors.json") if (RESULTS / name).exists()), None)
-    if name is None:
+    result = newest("predictors.json")
+    if result is None:
         return MISSING
-    rows = [row for row in load(name)["rows"] if row["budget"] == "1/8"]
+    rows = [row for row in result["rows"] if row["budget"] == "1/8"]
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     found = {(row["predictor"], row["cell"]): row for row in rows}
     lines = []
     for name in dict.fromkeys(row["predictor"] for row in rows):
         own = [found[name, cell] for cell in cells]
         lines.append([f"`{name}`", *(f"{row['mass']:.3f} / {row['overlap_free']:.2f}" for row in own)])
-    return table(["mass / overlap_free", *(cell.split()[0] for cell in cells)], lines)
+    head = f"mass / overlap_free, {result['samples']} chains a task"
+    return table([head, *(cell.split()[0] for cell in cells)], lines)
+
+
+def asyncspade_accuracy() -> str:
+    """Share of problems right at an eighth of the context: means of the retrieval and of the program cells."""
+    result = newest("asyncspade_accuracy.json")
+    if result is None:
+        return MISSING
+    lines, points = [], result["points"]
+    exact = {point["cell"]: point["accuracy"] for point in points if point["method"] == "full"}
+    for method in dict.fromkeys(point["method"] for point in points):
+        own = {point["cell"]: point for point in points if point["method"] == method}
+        shares = []
+        for is_program in (False, True):
+            group = [point for cell, point in own.items() if cell.startswith("program") == is_program]
+            if not group:
+                shares.append("-")
+                continue
+            error = sum(point["stderr"] ** 2 for point in group) ** 0.5 / len(group)
+            mean = sum(point["accuracy"] for point in group) / len(group)
+            shares.append(f"{mean:.3f} +- {error:.3f} ({len(group)} x {group[0]['problems']})")
+        lost = max((exact[cell] - point["accuracy"], cell) for cell, point in own.items() if cell in exact)
+        lines.append([f"`{method}`", *shares, f"{lost[0]:.2f}" + (f", {lost[1]}" if lost[0] > 0 else "")])
+    return table(["method", "retrieval, 2k to 8k", "programs, 50 and 100 steps", "most lost to full in a cell"], lines)
+
+
+def asyncspade_drift() -> str:
+    """Gap to full attention, agreement of greedy tokens, overlap and repairs, by decoded tokens."""
+    result = newest("asyncspade_drift.json")
+    rows = [row for row in result["points"] if row["part"] == "accumulation"] if result else []
+    if not rows:
+        return MISSING
+    edges = [edge for edge in (256, 1024, 2048, 4096, 16384) if any(row["decoded"] == edge for row in rows)]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {row["decoded"]: row for row in rows if row["method"] == method}
+        cells = [[own[edge][name] for name in ("gap", "agreement", "overlap", "repaired")] for edge in edges]
+        lines.append([f"`{method}`", *(" / ".join("-" if x is None else f"{x:.3f}" for x in cell) for cell in cells)])
+    return table(["gap, nats / agreement / overlap / repaired", *(f"to {edge:,}" for edge in edges)], lines)
+
+
+def is_quiet(points: list[dict[str, Any]]) -> bool:
+    """Whether nothing else ran that would be in the wall clock's times."""
+    return all(point.get("load", 0.0) < 3 for point in points)
+
+
+def asyncspade_network() -> str:
+    """What the link alone takes for a token, and where the machine was quiet what the token took."""
+    result = newest("asyncspade_network.json")
+    if result is None:
+        return MISSING
+    points = {(point["arm"], point["link"]): point for point in result["points"]}
+    arms, links = (list(dict.fromkeys(key[i] for key in points if key[1] != "none")) for i in (0, 1))
+    quiet, lines = is_quiet(result["points"]), []
+    for arm in arms:
+        own = [points[arm, link] for link in links]
+        times = [f"{p['link_ms']:.2f}" + (f" of {p['tpot_ms']:.1f}" if quiet else "") for p in own]
+        lines.append([f"`{arm}`", f"{own[0]['kb_out']:,.0f} / {own[0]['kb_in']:,.0f}", *times])
+    head = "one chain of {context:,} tokens".format(**points["full", "none"])
+    return table([head, "kB a token out / in", *(f"{link}, ms" for link in links)], lines)
+
+
+def asyncspade_cost() -> str:
+    """Memory, and where the machine was quiet times."""
+    if not (RESULTS / "cpu/asyncspade_cost.json").exists():
+        return MISSING
+    points = load("cpu/asyncspade_cost.json")["points"]
+    quiet, lines = is_quiet(points), []
+    for p in points:
+        rank = f" + {p['rank_peak_mb']:,.0f}" if "rank_peak_mb" in p else ""
+        times = [f"{p['tpot_ms']:.1f}", f"{p['device_ms_per_token']:.2f}", f"{p['busy_ms_per_token']:.2f}"]
+        lines.append(
+            [f"`{p['arm']}`", f"{p['devices']}", f"{p['chains']}", f"{p['bytes_per_token']:,}", f"{p['seats_mb']:,.1f}",
+             f"{p['needed_mb']:,.0f}{rank}", *(times if quiet else [])]
+        )  # fmt: skip
+    head = ["arm", "devices", "chains", "bytes a token of context", "windows and sets, MB", "peak memory, MB"]
+    return table(head + ["TPOT, ms", "device ms a token", "busy ms a token"] * quiet, lines)
 
 
 def asyncspade_h200() -> str:
@@ -196,7 +279,14 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-ASYNCSPADE: dict[str, Callable[[], str]] = {"predictors": predictors, "asyncspade-h200": asyncspade_h200}
+ASYNCSPADE: dict[str, Callable[[], str]] = {
+    "predictors": predictors,
+    "asyncspade-accuracy": asyncspade_accuracy,
+    "asyncspade-drift": asyncspade_drift,
+    "asyncspade-network": asyncspade_network,
+    "asyncspade-cost": asyncspade_cost,
+    "asyncspade-h200": asyncspade_h200,
+}
 PAGES = {"README.md": TABLES, "docs/asyncspade.md": ASYNCSPADE}
 
 

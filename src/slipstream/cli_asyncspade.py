@@ -111,7 +111,7 @@ def train_predictor(
     losses: list[float] = []
     with err.status("recording") as status:
         chains = [
-            replace(one, k=[])
+            replace(one, k=[], foreseen=[])
             for cell in cells
             for one in predictors.traces(llm, cell, problem_seed, _writes(model, greedy))
         ]

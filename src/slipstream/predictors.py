@@ -27,7 +27,7 @@ STRENGTHS = {"ridge": "ridge", "analog": "beta", "ema": "decay"}  # the option t
 BOUNDS = ("oracle", "window")  # the true query; no query at all: sinks and recent tokens
 CANDIDATES = ",".join(
     (
-        "oracle,window,last:rotate=0,last,mean:window=8,mean:window=64,ema:decay=0.5,ema:decay=0.8",
+        "oracle,window,residual,last:rotate=0,last,mean:window=8,mean:window=64,ema:decay=0.5,ema:decay=0.8",
         *(f"ridge:window={w}:rotate=0" for w in (16, 32, 64, 128)),
         *(f"ridge:window={w}:ridge={strength}" for w in (16, 32, 64, 128) for strength in (0.01, 0.1, 1.0)),
         *(f"analog:window={w}:beta={beta}" for w in (64, 128, 512) for beta in (10, 15, 30)),
@@ -57,7 +57,7 @@ class Candidate:
         kind, given = evaluation.parse_name(text, "predictor:option=value, e.g. ridge:window=64")
         if kind not in (*PREDICTORS, "window"):
             raise ValueError(f"predictor {kind!r} is unknown; {nearest(kind, (*PREDICTORS, 'window'))}")
-        known = {"mlp": ["predictor_file"], "window": [], "oracle": []}.get(kind, ["window", "rotate"])
+        known = {"mlp": ["predictor_file"], "window": [], "oracle": [], "residual": []}.get(kind, ["window", "rotate"])
         for name in given:
             if name not in (*known, STRENGTHS.get(kind)):
                 raise ValueError(f"predictor {kind!r} has no option {name!r}; {nearest(name, known)}")
@@ -173,6 +173,7 @@ class _Layer:
         self.num_kv = k.shape[1]
         self.budgets = [rule.tokens(share, len(q)) for share in rule.budgets]
         self.true = q[at + 1]
+        self.foreseen = trace.foreseen[index][at + 1] if trace.foreseen else self.true
         self.lengths = (at + 2).int()  # of the step that the guess is for
         logits = self._logits(self.true, self.lengths)
         self.weights = logits.softmax(-1).unflatten(1, (self.num_kv, -1))
@@ -201,21 +202,24 @@ class _Layer:
 
     def measure(self, candidate: Candidate) -> Tensor:
         """[budgets, n, Hk, 4]."""
+        later = int(candidate.kind != "residual")  # tokens that come after the choice: in time one, in depth none
         if candidate.kind in BOUNDS:
             guess = self.true
+        elif not later:
+            guess = self.foreseen
         else:
             pre = self.pre if candidate.config.rotate else self.q
             guess = candidate.queries(self.index, pre, self.at, self.cos_sin)
         cosine = torch.cosine_similarity(guess.float(), self.true.float(), dim=-1)
         cosine = cosine.unflatten(1, (self.num_kv, -1)).mean(-1)
-        known = self.lengths - 1  # the newest token is not there yet: it is appended
+        known = self.lengths - later  # the newest token is not there yet: it is appended
         logits = self._logits(guess, known)
         if candidate.kind == "window":
             logits = torch.arange(len(self.k), device=logits.device).expand_as(logits).float()
         rows = []
         for budget, wanted in zip(self.budgets, self.wanted, strict=True):
-            chosen = self._chosen(logits, known, budget - 1, self.rule.recent - 1)
-            chosen.scatter_(2, known.long().view(-1, 1, 1).expand(-1, self.num_kv, 1), True)
+            chosen = self._chosen(logits, known, budget - later, self.rule.recent - later)
+            chosen.scatter_(2, (self.lengths - 1).long().view(-1, 1, 1).expand(-1, self.num_kv, 1), True)
             free, both = wanted & ~self.kept, wanted & chosen
             overlap = both.sum(-1) / wanted.sum(-1)
             overlap_free = (both & free).sum(-1) / free.sum(-1).clamp_min(1)

@@ -68,6 +68,13 @@ class Rank:
         for line in lines:
             self.said.append(line)
 
+    def says(self, word, timeout_s=10):
+        """Whether it says so: its lines come through a thread."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := any(word in line for line in self.said)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return found
+
     def kill(self):
         self.process.kill()
         self.process.wait(10)

@@ -82,7 +82,7 @@ def test_another_model_is_refused_by_both_names():
     try:
         with pytest.raises(ValueError, match=rf"refused.*runs .*{own.weights}.*is for the other .*weights 0000"):
             load(cache_rank=picky.address)
-        assert any("the other" in line for line in picky.said)
+        assert picky.says("the other")
     finally:
         picky.kill()
     fitting = Rank(identity=own)

@@ -91,15 +91,6 @@ def test_bytes_of_a_seat():
     assert AsyncSpadeBackend.seat_bytes(dataclasses.replace(config, predictor="oracle"), SPEC) == 0
 
 
-def test_a_latent_cache_is_refused_where_queries_would_be_turned():
-    latent = dataclasses.replace(SPEC, value_dim=8)
-    with pytest.raises(ValueError, match="set rotate=False, or use two_level"):
-        AsyncSpade(channels=8, predictor="ridge").check_model(latent)
-    AsyncSpade(channels=8, predictor="ridge", rotate=False).check_model(latent)
-    with pytest.raises(ValueError, match="'residual' is not there for a latent cache"):
-        AsyncSpade(channels=8).check_model(latent)
-
-
 def test_what_auto_means():
     """By depth where that is possible."""
     assert AsyncSpade().predictor == "residual"

@@ -47,8 +47,31 @@ def test_recorded_queries_are_those_of_decode_steps(tiny):
     decoded = [q for layer, q in seen if layer == 1 and len(q) == 1]
     assert len(decoded) == 10
     torch.testing.assert_close(torch.cat(decoded), trace.q[1][30:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(trace.foreseen[0], trace.q[0])
+    assert trace.foreseen[1].shape == trace.q[1].shape and not torch.equal(trace.foreseen[1], trace.q[1])
+    assert "foresee" not in vars(backend)
     slots = trace.k[1].shape
     assert slots == (40, llm.spec.num_kv_heads, llm.spec.head_dim)
+
+
+def test_foreseen_queries_are_those_that_the_method_chooses_with(tiny):
+    ids, seen = list(range(1, 41)), []
+    trace = record(tiny(attention="window", prefix_cache=False), ids, 30)
+    llm = tiny(attention={"method": "asyncspade", "budget": 64, "recent": 16, "channels": 16})
+    llm.engine.backend.gate = 16  # sparse, and yet with room for all tokens
+    inner = llm.engine.backend.selector.inner
+    select = inner.select
+    inner.select = lambda layer, q: (seen.append((layer, q.clone())), select(layer, q))[1]
+    llm.generate({"prompt_token_ids": ids, "dense_tokens": 39}, SamplingParams(temperature=0, max_tokens=1))
+    (chosen_with,) = [q for layer, q in seen if layer == 1]
+    torch.testing.assert_close(chosen_with, trace.foreseen[1][39:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_true_foresight_is_the_oracle():
+    trace = chain()
+    rows = compared("oracle,residual", QueryTrace(trace.q, trace.k, 100, trace.q))
+    own, bound = rows["residual", "1/8"], rows["oracle", "1/8"]
+    assert own["overlap"] == 1 and own["mass"] >= bound["mass"] and own["cosine"] == pytest.approx(1)
 
 
 def test_what_cannot_be_recorded_is_refused(tiny):
@@ -112,10 +135,10 @@ def test_a_comparison_of_the_embedded_draft(tmp_path):
     cells = predictors.cells_of("program:steps=10,needle_single", 512, 2)
     assert [cell.protocol for cell in cells] == ["A", "B"]
     rule = Rule(recent=16, points=4)
-    candidates = predictors.parse_candidates("oracle,last,ridge")
+    candidates = predictors.parse_candidates("oracle,last,ridge,residual")
     rows = [row for cell in cells for row in predictors.compare(llm, cell, candidates, rule, 0, False)]
-    assert len(rows) == 2 * 2 * 3 and all(row["chains"] == 2 and 0 < row["mass"] <= 1 for row in rows)
+    assert len(rows) == 2 * 2 * 4 and all(row["chains"] == 2 and 0 < row["mass"] <= 1 for row in rows)
     lines = predictors.pivot(rows, "1/8")
-    assert [line["predictor"] for line in lines] == ["oracle", "last", "ridge"] and len(lines[0]) == 3
+    assert [line["predictor"] for line in lines] == ["oracle", "last", "ridge", "residual"] and len(lines[0]) == 3
     predictors.draw(rows, tmp_path / "p.png", "test")
     assert (tmp_path / "p.png").stat().st_size > 10_000

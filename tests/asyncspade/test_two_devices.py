@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import INDEX, MODEL, load, params, prompts, tokens
+from ranks import INDEX, KEYS, METHOD, MODEL, load, params, prompts, tokens
 
 from slipstream import LLM
 from slipstream.asyncspade.config import AsyncSpade
@@ -51,7 +51,7 @@ def test_what_it_does_not_do_is_refused():
 @pytest.mark.parametrize("method", METHODS)
 def test_two_gpus_are_one(method, graphs):
     def on(**more):
-        attention = {"method": "asyncspade", "budget": 24, "recent": 8, "sink": 2, "min_context": 0, "window": 16}
+        attention = {"method": "asyncspade", **METHOD, **KEYS}
         llm = LLM(
             MODEL, device="cuda:0", load_format="dummy", page_size=16, kv_memory="64MiB", max_num_seqs=8,
             max_batch_tokens=100, cuda_graphs=graphs, dtype="float32", attention=attention | method | more,

@@ -105,12 +105,6 @@ class CacheRank:
         shape = (self.spec.num_layers, self._num_seats + 1, self.num_kv, self.budget)
         return torch.full(shape, -1, dtype=torch.int32, device=self.device)
 
-    def close_all(self) -> None:
-        """The other side is gone: forget its chains."""
-        for sitting in self._seats.values():
-            self.table.free(sitting.lease)
-        self._seats, self._step, self.dropped = {}, None, []
-
     # -- what may be told
 
     def prompt(self, layer: int, row: Sequence[int], k: Tensor, v: Tensor, q: Tensor) -> Answer | None:

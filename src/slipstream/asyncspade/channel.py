@@ -1,4 +1,4 @@
-"""How messages travel between ranks: TCP, real or paced like a slow link; tensors on request by ``torch.distributed``.
+"""How messages travel between ranks: TCP, real or paced like a slow link.
 
 One thread on each side and no event loop: a channel moves bytes whenever its owner sends or receives, the kernel's
 buffers do the rest. So nothing runs beside a forward pass that would have to take turns with it in the interpreter.
@@ -18,7 +18,6 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,51 +36,30 @@ class ChannelLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Pace:
-    """A link to imitate: first in, first out, ``bits_per_s`` with bursts of ``burst_bytes``, then ``delay_s``.
+    """A link to imitate: first in, first out, ``bits_per_s``, then ``delay_s``.
 
-    A token bucket in virtual time: the receiver holds each message until the link would have delivered it. Both sides
-    must read one monotonic clock, so this is for processes of one host.
+    In virtual time: the receiver holds each message until the link would have delivered it. Both sides must read one
+    monotonic clock, so this is for processes of one host.
     """
 
     bits_per_s: float
     delay_s: float = 0.0
-    burst_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.bits_per_s > 0 and self.delay_s >= 0 and self.burst_bytes >= 0):
-            raise ValueError(f"a pace needs bits_per_s > 0 and delays >= 0, got {self}")
+        if not (self.bits_per_s > 0 and self.delay_s >= 0):
+            raise ValueError(f"a pace needs bits_per_s > 0 and a delay >= 0, got {self}")
 
     def due(self, message: Message, free_s: float) -> tuple[float, float]:
         """When a message arrives, and when the link is free again; ``free_s`` as the one before left it."""
-        began = max(free_s, message.sent_s - 8 * self.burst_bytes / self.bits_per_s)
-        free_s = began + 8 * message.num_bytes / self.bits_per_s
-        return max(free_s, message.sent_s) + self.delay_s, free_s
-
-
-class Channel(Protocol):
-    """Messages in order, both ways. sizes: what may come next; bytes_out and bytes_in count all that travelled."""
-
-    sizes: Sizes
-    bytes_out: int
-    bytes_in: int
-
-    def send(self, message: Message, timeout_s: float = 5.0) -> None:
-        """Give a message away. Waits only while too much is unsent. ``ChannelLost`` when the other side is."""
-        ...
-
-    def receive(self, timeout_s: float = 0.0) -> Message | None:
-        """The next message; None when none came in time. ``ChannelLost``, ``ProtocolError`` (and then it is dead)."""
-        ...
-
-    def flush(self, timeout_s: float) -> None:
-        """Wait until all is with the kernel; ``ChannelLost`` when that takes too long."""
-        ...
-
-    def close(self) -> None: ...
+        free_s = max(free_s, message.sent_s) + 8 * message.num_bytes / self.bits_per_s
+        return free_s + self.delay_s, free_s
 
 
 class TcpChannel:
-    """A :class:`Channel` over a connected socket."""
+    """Messages in order, both ways, over a connected socket.
+
+    sizes: what may come next. bytes_out, bytes_in: all that travelled.
+    """
 
     def __init__(self, sock: socket.socket, sizes: Sizes, pace: Pace | None = None) -> None:
         sock.setblocking(False)
@@ -108,6 +86,7 @@ class TcpChannel:
         return self._sock.fileno()
 
     def send(self, message: Message, timeout_s: float = 5.0) -> None:
+        """Give a message away. Waits only while too much is unsent. ``ChannelLost`` when the other side is."""
         if isinstance(self._error, ChannelLost):  # who cannot be understood can still be told so
             raise self._error
         pieces = encode(message)
@@ -121,6 +100,7 @@ class TcpChannel:
         self._pump_until(lambda: self._num_unsent <= _MOST_UNSENT_BYTES, timeout_s, "takes no messages")
 
     def flush(self, timeout_s: float) -> None:
+        """Wait until all is with the kernel; ``ChannelLost`` when that takes too long."""
         self._pump_until(lambda: not self._unsent, timeout_s, "takes no messages")
 
     def _pump_until(self, done, timeout_s: float, what: str) -> None:  # type: ignore[no-untyped-def]
@@ -132,6 +112,7 @@ class TcpChannel:
             self._pump(left)
 
     def receive(self, timeout_s: float = 0.0) -> Message | None:
+        """The next message; None when none came in time. ``ChannelLost``, ``ProtocolError`` (and then it is dead)."""
         deadline = time.monotonic() + timeout_s
         while True:
             now = time.monotonic()

@@ -9,7 +9,7 @@ from slipstream.selection.double_sparsity import CALIBRATION_HELP, CHANNELS_HELP
 from slipstream.selection.oracle import Oracle
 from slipstream.selection.selector import Budgeted, one_of, option
 from slipstream.selection.two_level import TwoLevel
-from slipstream.types import ModelSpec, options
+from slipstream.types import options
 
 PREDICTORS = ("auto", "ridge", "analog", "last", "mean", "ema", "mlp", "oracle", "residual")
 SCORINGS = {"index": TwoLevel, "keys": Oracle}
@@ -152,10 +152,3 @@ class AsyncSpade(Budgeted):
 
     def check_page_size(self, page_size: int) -> None:
         self.inner().check_page_size(page_size)
-
-    def check_model(self, spec: ModelSpec) -> None:
-        super().check_model(spec)
-        if spec.value_dim is not None and self.predictor == "residual":
-            raise ValueError("predictor 'residual' is not there for a latent cache: use two_level")
-        if spec.value_dim is not None and self.rotate and self.is_ahead:
-            raise ValueError("a latent cache has queries that are rotated in part: set rotate=False, or use two_level")

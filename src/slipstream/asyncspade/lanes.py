@@ -20,7 +20,9 @@ def make_lane(kind: str, device: torch.device, priority: int = 0) -> Lane:
         raise ValueError(f"lane='stream' needs an NVIDIA GPU; this engine runs on {device}: use 'inline' or 'thread'")
     if kind == "thread" and on_cuda:
         raise ValueError("lane='thread' cannot be part of a captured step: use 'stream' on a GPU")
-    return StreamLane(device, priority) if kind == "stream" else ThreadLane("asyncspade") if kind == "thread" else InlineLane()
+    if kind == "stream":
+        return StreamLane(device, priority)
+    return ThreadLane("asyncspade") if kind == "thread" else InlineLane()
 
 
 def inferring(work: Callable[..., Any], *args: Any) -> Any:

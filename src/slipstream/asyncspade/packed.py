@@ -23,10 +23,10 @@ from slipstream.asyncspade.remote import RemoteSets, paged_tokens
 from slipstream.attention.backend import AttentionBackend, KVView, move_tokens, prefill_part
 from slipstream.kernels import ops
 from slipstream.kvcache.pool import KVPool
-from slipstream.types import Batch, ModelSpec
+from slipstream.types import Batch, ModelSpec, PeerLost
 
 
-class RankLost(RuntimeError):
+class RankLost(PeerLost):
     """The keys and values of running requests were with a cache rank that is gone."""
 
 

@@ -7,33 +7,16 @@ query of the chain since position ``first`` was pushed, the last of them at ``ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from slipstream.asyncspade.config import AsyncSpade
 from slipstream.asyncspade.mlp import QueryMLP
 from slipstream.kernels import predict
 from slipstream.types import ModelSpec
 
 NEVER = -1  # the position that comes next in a seat whose window is of no use
-
-
-class PredictorConfig(Protocol):
-    """What a predictor reads of the method's config."""
-
-    @property
-    def predictor(self) -> str: ...
-    @property
-    def window(self) -> int: ...
-    @property
-    def ridge(self) -> float: ...
-    @property
-    def beta(self) -> float: ...
-    @property
-    def decay(self) -> float: ...
-    @property
-    def rotate(self) -> bool: ...
 
 
 class Predictor:
@@ -46,7 +29,7 @@ class Predictor:
 
     def __init__(
         self,
-        config: PredictorConfig,
+        config: AsyncSpade,
         spec: ModelSpec,
         num_seats: int,
         cos_sin: Tensor,
@@ -64,7 +47,7 @@ class Predictor:
         self.next = torch.full_like(self.first, NEVER)
 
     @staticmethod
-    def seat_bytes(config: PredictorConfig, spec: ModelSpec) -> int:
+    def seat_bytes(config: AsyncSpade, spec: ModelSpec) -> int:
         """Memory of one seat, in bytes; there is one seat more than chains, that of padding rows."""
         if config.predictor == "oracle":
             return 16

@@ -8,7 +8,6 @@ checked against what this process may use.
 from __future__ import annotations
 
 import hmac
-import json
 import random
 import select
 import time
@@ -145,8 +144,7 @@ class _Session:
     def __init__(self, line: TcpChannel, hello: Hello, rank: CacheRank) -> None:
         self._line, self._rank, self.hello = line, rank, hello
         self._number = random.SystemRandom().getrandbits(63) | 1
-        facts = text_tensor(json.dumps({"tokens": rank.pool.num_tokens}))
-        line.send(Message(Kind.WELCOME, (facts,), self._number))
+        line.send(Message(Kind.WELCOME, (text_tensor(""),), self._number))
 
     def run(self, timeout_s: float) -> None:
         """Answer what comes for so long."""
@@ -160,8 +158,7 @@ class _Session:
             if self._rank.dropped:
                 rows = torch.tensor(self._rank.dropped)
                 self._rank.dropped = []
-                why = text_tensor("the cache rank is full: give it more --kv-memory")
-                self._send(Kind.DROP, (rows, why), message.step, message.layer)
+                self._send(Kind.DROP, (rows,), message.step, message.layer)
 
     def _send(self, kind: Kind, tensors: tuple[Tensor, ...], step: int, layer: int) -> None:
         host = tuple(tensor.cpu() for tensor in tensors)
