@@ -75,7 +75,15 @@ DRAFT = (
     row("shuffled_50", "program_shuffled", 10, steps=50),
     row("spread_8192_50", "program_spread", 3, steps=50, num_tokens=SPREAD_DOCUMENT),
 )
-ROWS = {"slipstream-target": TARGET, "slipstream-draft": DRAFT}
+LATENT = (
+    row("needles_1024", NEEDLES, 30, num_tokens=924),
+    row("needles_4096", NEEDLES, 12, num_tokens=3996),
+    row("program_50", "program", 10, steps=50),
+    row("program_100", "program", 5, steps=100),
+    row("shuffled_50", "program_shuffled", 10, steps=50),
+    row("expression_12", "expression", 25, operations=12),
+)
+ROWS = {"slipstream-target": TARGET, "slipstream-draft": DRAFT, "slipstream-mla": LATENT}
 TARGET_BARS = {
     "needles_1024": 0.95,
     "needles_8192": 0.95,

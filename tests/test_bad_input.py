@@ -117,7 +117,7 @@ def test_params_of_another_kind(tiny):
 @pytest.mark.parametrize("model, words", [
     ("slipstream-taget", "no embedded model and no directory 'slipstream-taget'; did you mean 'slipstream-target'?"),
     ("slipsteam-draft", "did you mean 'slipstream-draft'?"),
-    ("zzz", "no embedded model and no directory 'zzz'; valid: slipstream-draft, slipstream-target"),
+    ("zzz", f"no embedded model and no directory 'zzz'; valid: {', '.join(embedded_models())}"),
     ("./no/such/directory", "there is no model directory no/such/directory"),
 ])  # fmt: skip
 def test_model_names(model, words):

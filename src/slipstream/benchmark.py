@@ -92,7 +92,11 @@ def decoding(
             engine.add(request)
         begun: set[Request] = set()
         while len(begun) < batch:
-            begun |= {event.request for event in engine.step() if event.delta is not None}
+            news = engine.step()
+            begun |= {event.request for event in news if event.delta is not None}
+            for event in news:
+                if event.request.error is not None:
+                    raise event.request.error
         prefill_s = time.perf_counter() - start
         for _ in range(warmup):
             engine.step()

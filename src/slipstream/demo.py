@@ -18,7 +18,7 @@ from slipstream.evaluation import Answer, Cell, prompt_ids, run, summary, timing
 from slipstream.llm import LLM
 from slipstream.types import SamplingParams
 
-MODEL = "slipstream-target"
+MODEL, LATENT = "slipstream-target", "slipstream-mla"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None)
 
 
@@ -67,9 +67,15 @@ def solve_batch(llm: LLM, cells: Sequence[Cell], err: Console) -> tuple[list[Ans
     return answers, time.perf_counter() - start
 
 
-def show_table(rows: Sequence[dict[str, Any]], err: Console) -> None:
+def latent_cells(samples: int) -> list[Cell]:
+    """What the model with latent attention is shown with: the shorter ones, fewer of them."""
+    wanted = ("program", "program_shuffled", "needle_multiquery")
+    return [cell for cell in demo_cells(max(1, samples // 2)) if cell.task in wanted]
+
+
+def show_table(model: str, rows: Sequence[dict[str, Any]], err: Console) -> None:
     table = Table(
-        title=f"{MODEL}, greedy, full attention, {rows[0]['problems']} problems a task (prompt and chain in tokens)"
+        title=f"{model}, greedy, full attention, {rows[0]['problems']} problems a task (prompt and chain in tokens)"
     )
     for name in ("task", "right", "prompt", "chain", "TTFT p50/p99", "TPOT p50/p99"):
         table.add_column(name, justify="left" if name == "task" else "right")
@@ -114,8 +120,8 @@ def draw(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], path: Path) 
     plt.close(figure)
 
 
-def run_demo(picture: Path, samples: int, err: Console) -> None:
-    """The whole demo. Ends with one JSON line on stdout."""
+def run_demo(picture: Path, samples: int, err: Console, latent: bool = True) -> None:
+    """The whole demo. latent: the model with latent attention too. Ends with one JSON line on stdout."""
     if not picture.parent.is_dir():
         raise ValueError(f"there is no directory {picture.parent} for the picture")
     llm = LLM(MODEL, max_model_len=16384)
@@ -123,7 +129,7 @@ def run_demo(picture: Path, samples: int, err: Console) -> None:
     aloud = think_aloud(llm, err)
     answers, wall_s = solve_batch(llm, demo_cells(samples), err)
     rows = summary(answers)
-    show_table(rows, err)
+    show_table(MODEL, rows, err)
     stats = llm.stats()
     output_tokens = sum(a.output_tokens for a in answers)
     kv_bytes = max(a.prompt_tokens + a.output_tokens for a in answers) * llm.spec.kv_bytes_per_token()
@@ -145,4 +151,16 @@ def run_demo(picture: Path, samples: int, err: Console) -> None:
         "kv_pool_bytes": stats["kv_pool_bytes"],
         "picture": str(picture),
     }
+    if latent:
+        result["latent"] = show_latent(samples, err)
     print(json.dumps(result))
+
+
+def show_latent(samples: int, err: Console) -> dict[str, Any]:
+    """The second architecture, latent attention and a mixture of experts, on some of the same tasks."""
+    llm = LLM(LATENT, max_model_len=16384)
+    answers, wall_s = solve_batch(llm, latent_cells(samples), err)
+    rows, per_token = summary(answers), llm.spec.kv_bytes_per_token()
+    show_table(LATENT, rows, err)
+    err.print(f"KV: {per_token:,} bytes a token (latent attention: one row for all heads)")
+    return {"model": LATENT, "rows": rows, "wall_s": wall_s, "kv_bytes_per_token": per_token, **timings(answers)}

@@ -8,6 +8,7 @@ from paged_cache import make_cache, oracle
 from tolerances import assert_equal
 
 from slipstream.kernels import (
+    expanded,
     reference,
     reference_mla,
     reference_select,
@@ -123,6 +124,33 @@ def test_prefill(shape, dtype, device):
     assert_equal(found, expected, "attention")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [12, 20])
+def test_expanded_prompts_are_absorbed_ones(value, dtype, device, monkeypatch):
+    """In two parts of the heads, too; of chunks and of whole prompts. A head's keys and values may differ in width."""
+    monkeypatch.setattr(expanded, "EXPANDED_BYTES", 40 * (20 + value) * dtype.itemsize * 3)
+    num_q, latent, rope, nope = 5, 32, 8, 12
+    _, k, v, table, lengths = latent_cache((40, 9, 3), (num_q, latent, rope), 16, dtype, device)
+    generator = torch.Generator().manual_seed(7)
+    counts = (13, 9, 1)
+    starts = torch.tensor([0, *counts], device=device).cumsum(0).int()
+    heads, key_up, value_up = (
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in ((sum(counts), num_q, nope + rope), (num_q, nope, latent), (num_q, latent, value))
+    )
+    found = expanded.expanded_attention(heads, k, table, starts.tolist(), lengths.tolist(), key_up, value_up, 0.1)
+    absorbed = torch.bmm(heads[..., :nope].transpose(0, 1).float(), key_up.float()).transpose(0, 1)
+    q = torch.cat((absorbed, heads[..., nope:].float()), dim=-1).cpu()
+    pages = k.float().cpu()
+    args = (table.cpu(), starts.cpu(), lengths.cpu(), 0.1, max(counts))
+    latents = reference.prefill_attention(q, pages, pages[..., :latent], *args)
+    expected = torch.bmm(latents.transpose(0, 1), value_up.float().cpu()).transpose(0, 1)
+    worst = (found.float().cpu() - expected).abs().max() / expected.abs().max()
+    assert worst < (
+        2e-6 if dtype == torch.float32 and device.type == "cpu" else 1e-4 if dtype == torch.float32 else 0.02
+    )
+
+
 def store_inputs(shape, tokens, dtype, device, page=4, pages=6):
     num_q, value, rope = shape
     generator = torch.Generator().manual_seed(value)
@@ -149,6 +177,9 @@ def test_store(shape, tokens, dtype, device):
     assert_equal(q[..., -rope:], expected[..., -rope:], "rope")
     assert_equal(k_pages, expected_pages, "rope")
     assert int((~k_pages.isnan()).sum()) == tokens * k_pages.shape[3]
+    heads, cos_sin, positions = inputs[0], inputs[4], inputs[5]
+    for op in (reference_mla.mla_rope, triton_mla_rope.mla_rope):  # the same without a store
+        assert_equal(op(heads, cos_sin, positions, k_pages.shape[3])[..., -rope:], expected[..., -rope:], "rope")
 
 
 def test_reference_is_transformers_interleaved_rotation():

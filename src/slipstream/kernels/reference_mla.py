@@ -39,3 +39,12 @@ def mla_rope_store(
     q = heads.new_empty((*heads.shape[:2], width))
     q[..., -rotary:] = turned[:, :-1]
     return q
+
+
+def mla_rope(heads: Tensor, cos_sin: Tensor, positions: Tensor, width: int) -> Tensor:
+    """The queries of :func:`mla_rope_store` alone, bit for bit: nothing is stored. width: Dv + R of a row."""
+    rotary = cos_sin.shape[1]
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    q = heads.new_empty((*heads.shape[:2], width))
+    q[..., -rotary:] = reference._rotate(heads[..., -rotary:], cos, sin)
+    return q

@@ -37,8 +37,9 @@ class MLPWeights(NamedTuple):
 
 
 def _turn(x: Tensor, positions: Tensor, cos_sin: Tensor, back: bool = False) -> Tensor:
-    """x: [T, Hq, D], rotated to ``positions`` [T], or from there back. Positions beyond the table count as its last.
+    """x: [T, Hq, D], its last R columns rotated to ``positions`` [T], or from there back.
 
+    R < D in the absorbed queries of a latent cache. Positions beyond the table count as its last.
     The table may hold a factor beside the rotation (yarn): back divides by its square, so that both undo each other.
     """
     rows = cos_sin.index_select(0, positions.clamp_max(len(cos_sin) - 1)).unsqueeze(1)
@@ -46,7 +47,9 @@ def _turn(x: Tensor, positions: Tensor, cos_sin: Tensor, back: bool = False) -> 
     if back:
         square = cos * cos + sin * sin
         cos, sin = cos / square, -sin / square
-    return _rotate(x, cos, sin)
+    rest = x.shape[-1] - 2 * cos.shape[-1]
+    turned = _rotate(x[..., rest:], cos, sin)
+    return turned if not rest else torch.cat((x[..., :rest], turned), dim=-1)
 
 
 def push_queries(q: Tensor, positions: Tensor, seats: Tensor, cos_sin: Tensor, window: Tensor, rotate: bool) -> None:
@@ -90,18 +93,20 @@ def predict_queries(
     last bit.
     """
     size = window.shape[1]
+    if kind == "last":
+        guess = window[seats, positions % size].float()
+        return (_turn(guess, positions + 1, cos_sin) if rotate else guess).to(window.dtype)
     age = (positions.unsqueeze(1) - torch.arange(size, device=window.device)) % size
     num = (positions - first.index_select(0, seats) + 1).clamp(1, size).unsqueeze(1)
     valid = (age < num).unsqueeze(1)
     x = window.index_select(0, seats).float().transpose(1, 2).masked_fill(~valid.unsqueeze(-1), 0)
     newest = (age == 0).unsqueeze(1).float()
-    weights = newest
     if kind == "mean":
         weights = valid / num.unsqueeze(1)
     elif kind == "ema":
         weights = strength ** age.unsqueeze(1).float() * valid
         weights = weights / weights.sum(-1, keepdim=True)
-    elif kind != "last":
+    else:
         rule = {"ridge": _ridge, "analog": _analog}[kind]
         weights = rule(x, valid, newest, num.view(-1, 1, 1), strength)
     weights = torch.where((num >= FEWEST).unsqueeze(1), weights, newest)

@@ -30,15 +30,18 @@ MERGE_TILE = 16
 
 
 @triton.jit
-def latent_rows(table_ptr, indices_ptr, start, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows of ``pages.view(P * S, D)`` of the places start .. start + BLOCK_N - 1, those before ``last`` at least."""
+def latent_rows(table_ptr, indices_ptr, listed, start, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of ``pages.view(P * S, D)`` of the places start .. start + BLOCK_N - 1, those before ``last`` at least.
+
+    listed: how many indices may be read, so that they need not wait for ``last``.
+    """
     places = start + tl.arange(0, BLOCK_N)
     if indices_ptr is None and PAGE % BLOCK_N == 0:  # start is a multiple of BLOCK_N: the tile lies in one page
         page = tl.load(table_ptr + start // PAGE).to(tl.int64)
         return page * PAGE + start % PAGE + tl.arange(0, BLOCK_N)
     tokens = places
     if indices_ptr is not None:
-        tokens = tl.load(indices_ptr + places, mask=places < last, other=0)
+        tokens = tl.load(indices_ptr + places, mask=places < listed, other=0)
     pages = tl.load(table_ptr + tokens // PAGE, mask=places < last, other=0).to(tl.int64)
     return pages * PAGE + tokens % PAGE
 
@@ -66,7 +69,9 @@ def attend_rows(
     scores_ptr,
     scores_stride,
     in_heads,
+    listed,
     first,
+    end,
     last,
     scale_log2,
     PAGE: tl.constexpr,
@@ -79,17 +84,18 @@ def attend_rows(
 ):
     """Online softmax over the places first .. last - 1: (unnormalised sum [BLOCK_H, BLOCK_V], row sums, row maxima).
 
-    indices_ptr: the token at every place, or None: place i is token i. scores_ptr: where the scores, base 2, of head h
-    at place i are kept, at h * scores_stride + i, or None.
+    end: where the walk ends, ``last`` or a bound of it that is known earlier; nothing means anything if last <= first.
+    indices_ptr: the token at every place, ``listed`` of them, or None: place i is token i. scores_ptr: where the
+    scores, base 2, of head h at place i are kept, at h * scores_stride + i, or None.
     """
     cols, turned = tl.arange(0, BLOCK_V)[None, :], tl.arange(0, BLOCK_R)[None, :]
     peak = tl.full((BLOCK_H,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_V), tl.float32)
-    for start in range(first, last, BLOCK_N):
+    for start in range(first, end, BLOCK_N):
         places = start + tl.arange(0, BLOCK_N)
         valid = places < last
-        rows = latent_rows(table_ptr, indices_ptr, start, last, PAGE, BLOCK_N)[:, None] * (VALUE + ROPE)
+        rows = latent_rows(table_ptr, indices_ptr, listed, start, last, PAGE, BLOCK_N)[:, None] * (VALUE + ROPE)
         k = tl.load(k_ptr + rows + cols, mask=valid[:, None] & (cols < VALUE), other=0.0)
         k_rotary = tl.load(k_ptr + rows + VALUE + turned, mask=valid[:, None] & (turned < ROPE), other=0.0)
         scores = tl.dot(latent, tl.trans(k), input_precision="ieee")
@@ -168,9 +174,10 @@ def _decode_kernel(
         if piece_end > begin:
             row = request * NUM_Q + first_head
             latent, rotary = load_query(q_ptr, row, in_heads, VALUE, ROPE, BLOCK_V, BLOCK_R, BLOCK_H)
+            last = tl.minimum((piece_end - request_begin) * BLOCK_N, length)
             acc, total, peak = attend_rows(
                 latent, rotary, k_ptr, table_ptr + request.to(tl.int64) * table_stride, None, None, 0, in_heads,
-                (begin - request_begin) * BLOCK_N, tl.minimum((piece_end - request_begin) * BLOCK_N, length),
+                0, (begin - request_begin) * BLOCK_N, last, last,
                 scale_log2, PAGE, VALUE, ROPE, BLOCK_V, BLOCK_R, BLOCK_H, BLOCK_N,
             )  # fmt: skip
             whole = (begin == request_begin) & (piece_end == request_end)
@@ -207,6 +214,7 @@ def _split_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (splits, blocks of heads, B) over selected tokens, or, where ``scores_ptr`` is given, over whole seats.
@@ -222,19 +230,22 @@ def _split_kernel(
         chosen = tl.load(rows_ptr + request)
     count = tl.load(counts_ptr + chosen)
     first = tl.program_id(0) * split
+    in_heads = first_head + tl.arange(0, BLOCK_H) < NUM_Q
+    row = request * NUM_Q + first_head
+    latent, rotary = load_query(q_ptr, row, in_heads, VALUE, ROPE, BLOCK_V, BLOCK_R, BLOCK_H)
+    if indices_ptr is not None:
+        indices_ptr += chosen * budget
+    if scores_ptr is not None:
+        scores_ptr += row * budget
+    last = tl.minimum(first + split, count)
+    end = last
+    if ONE_TILE:  # of a piece: nothing before the page table waits for the count
+        end = first + BLOCK_N
+    acc, total, peak = attend_rows(
+        latent, rotary, k_ptr, table_ptr + request * table_stride, indices_ptr, scores_ptr, budget, in_heads,
+        budget, first, end, last, scale_log2, PAGE, VALUE, ROPE, BLOCK_V, BLOCK_R, BLOCK_H, BLOCK_N,
+    )  # fmt: skip
     if first < count:
-        in_heads = first_head + tl.arange(0, BLOCK_H) < NUM_Q
-        row = request * NUM_Q + first_head
-        latent, rotary = load_query(q_ptr, row, in_heads, VALUE, ROPE, BLOCK_V, BLOCK_R, BLOCK_H)
-        if indices_ptr is not None:
-            indices_ptr += chosen * budget
-        if scores_ptr is not None:
-            scores_ptr += row * budget
-        acc, total, peak = attend_rows(
-            latent, rotary, k_ptr, table_ptr + request * table_stride, indices_ptr, scores_ptr, budget, in_heads,
-            first, tl.minimum(first + split, count), scale_log2,
-            PAGE, VALUE, ROPE, BLOCK_V, BLOCK_R, BLOCK_H, BLOCK_N,
-        )  # fmt: skip
         piece_row = (request * tl.num_programs(0) + tl.program_id(0)) * NUM_Q + first_head
         whole = (count <= split) & (scores_ptr is None)
         store_piece(
@@ -326,9 +337,10 @@ def split_pieces(
     split = min(LARGEST_SPLIT, block_size(triton.cdiv(budget, max(1, share)), smallest=SMALLEST_SPLIT))
     splits = triton.cdiv(budget, split)
     piece, lse = _pieces(requests * num_q * splits, value_dim, q.device)
+    tile = min(split, _tile(shape, q.element_size()))
     _split_kernel[(splits, blocks, requests)](
         q, k, table, indices, counts, rows, scores, out, piece, lse, scale * LOG2_E, table.stride(0), budget, split,
-        PAGE=k.shape[2], BLOCK_N=min(split, _tile(shape, q.element_size())), **shape,
+        PAGE=k.shape[2], BLOCK_N=tile, ONE_TILE=tile == split, **shape,
         **launch_options(q, num_warps=WARPS, num_stages=SPARSE_STAGES),
     )  # fmt: skip
     return piece, lse, split, splits

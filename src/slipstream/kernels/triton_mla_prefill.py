@@ -59,7 +59,7 @@ def _prefill_kernel(
         acc = tl.zeros((BLOCK_H, BLOCK_V), tl.float32)
         for start in range(0, last, BLOCK_N):
             tokens = start + tl.arange(0, BLOCK_N)
-            rows = latent_rows(table, None, start, last, PAGE, BLOCK_N)[:, None] * (VALUE + ROPE)
+            rows = latent_rows(table, None, 0, start, last, PAGE, BLOCK_N)[:, None] * (VALUE + ROPE)
             valid = (tokens < last)[:, None]
             k = tl.load(k_ptr + rows + cols, mask=valid & (cols < VALUE), other=0.0)
             k_rotary = tl.load(k_ptr + rows + VALUE + turned, mask=valid & (turned < ROPE), other=0.0)

@@ -26,6 +26,56 @@ def _turn(x_ptr, out_ptr, cos_sin_ptr, mask, HALF: tl.constexpr, HALF_BLOCK: tl.
 
 
 @triton.jit
+def _turn_heads(
+    heads_ptr, q_ptr, cos_sin_row, token, tile, heads_stride, NUM_Q: tl.constexpr, HEAD: tl.constexpr,
+    VALUE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """The rotary columns of HEADS heads of a token into those of its queries."""
+    head = (tile * HEADS + tl.arange(0, HEADS))[:, None]
+    heads_ptr += token * heads_stride + HEAD - 2 * HALF
+    out_ptr = q_ptr + (token * NUM_Q + head) * (VALUE + 2 * HALF) + VALUE
+    _turn(heads_ptr + head * HEAD, out_ptr, cos_sin_row, head < NUM_Q, HALF, HALF_BLOCK)
+
+
+@triton.jit
+def _mla_rope_kernel(
+    heads_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    q_ptr,
+    heads_stride,
+    cos_sin_stride,
+    NUM_Q: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (T, tiles of HEADS query heads)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    cos_sin_row = cos_sin_ptr + tl.load(positions_ptr + token) * cos_sin_stride
+    _turn_heads(
+        heads_ptr,
+        q_ptr,
+        cos_sin_row,
+        token,
+        tl.program_id(1),
+        heads_stride,
+        NUM_Q,
+        HEAD,
+        VALUE,
+        HALF,
+        HALF_BLOCK,
+        HEADS,
+    )
+
+
+@triton.jit
 def _mla_rope_store_kernel(
     heads_ptr,
     latent_ptr,
@@ -67,15 +117,8 @@ def _mla_rope_store_kernel(
         one = tl.zeros((1, 1), tl.int64)
         _turn(row_ptr + VALUE + one, out_ptr + VALUE + one, cos_sin_row, one == 0, HALF, HALF_BLOCK)
     else:
-        head = ((tile - 1) * HEADS + tl.arange(0, HEADS))[:, None]
-        heads_ptr += token * heads_stride + HEAD - 2 * HALF
-        _turn(
-            heads_ptr + head * HEAD,
-            q_ptr + (token * NUM_Q + head) * row_width + VALUE,
-            cos_sin_row,
-            head < NUM_Q,
-            HALF,
-            HALF_BLOCK,
+        _turn_heads(
+            heads_ptr, q_ptr, cos_sin_row, token, tile - 1, heads_stride, NUM_Q, HEAD, VALUE, HALF, HALF_BLOCK, HEADS
         )
 
 
@@ -101,5 +144,19 @@ def mla_rope_store(
             NUM_Q=num_q, HEAD=head, VALUE=width - 2 * half, HALF=half, HALF_BLOCK=block_size(half),
             VALUE_BLOCK=block_size(width - 2 * half), HEADS=HEADS_PER_PROGRAM,
             **launch_options(heads, num_warps=2),
+        )  # fmt: skip
+    return q
+
+
+def mla_rope(heads: Tensor, cos_sin: Tensor, positions: Tensor, width: int) -> Tensor:
+    """See :func:`slipstream.kernels.reference_mla.mla_rope`. The heads of a token are contiguous."""
+    (tokens, num_q, head), half = heads.shape, cos_sin.shape[1] // 2
+    assert heads.stride()[1:] == (head, 1)
+    q = heads.new_empty((tokens, num_q, width))
+    if tokens:
+        _mla_rope_kernel[(tokens, triton.cdiv(num_q, HEADS_PER_PROGRAM))](
+            heads, cos_sin, positions, q, heads.stride(0), cos_sin.stride(0),
+            NUM_Q=num_q, HEAD=head, VALUE=width - 2 * half, HALF=half, HALF_BLOCK=block_size(half),
+            HEADS=HEADS_PER_PROGRAM, **launch_options(heads, num_warps=2),
         )  # fmt: skip
     return q

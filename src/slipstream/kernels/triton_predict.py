@@ -21,7 +21,7 @@ from slipstream.kernels.triton_window import load_plain, load_window, push_newes
 
 LOG2_E = 1.4426950408889634
 HEADS_PER_PROGRAM = 4  # of a push
-TILE = 32  # queries of a window that are read at once
+TILE = 32  # queries of a window that are read at once; of heads wider than 128 so many fewer
 WARPS = 4
 SMALL_SYSTEM = 64
 """Unknowns that one warp solves in blocks of 16; larger systems take four warps and blocks of 32."""
@@ -189,7 +189,7 @@ def _predict(
     grid = (num_q, len(seats))
     if kind != "ridge":
         scale = {"analog": strength * LOG2_E, "ema": math.log2(max(strength, TINY))}.get(kind, 0.0)
-        tile = min(TILE, block_size(size))
+        tile = min(TILE, max(4, TILE * 128 // shape["BLOCK_D"]), block_size(size))
         _recall_kernel[grid](
             *args, scale, *table, KIND=kind, TILE=tile, **shape, **mode, **launch_options(window, num_warps=WARPS)
         )

@@ -21,7 +21,8 @@ SCORE_TILE_BYTES = 32768  # summaries in flight per program
 SCORE_WARPS = 4
 SCORE_STAGES = 3
 WIDEST_ROW = 512  # elements of a row that a program holds at once, with the queries beside it
-WIDE_TILE, WIDE_COLUMNS = 64, 64  # of a row that is wider (latent caches): blocks and columns at a time
+WIDE_TILE, WIDE_COLUMNS, WIDE_STAGES = 64, 128, 4  # of a row that is wider (latent caches): blocks, columns at a time
+WIDE_PROGRAMS = 1  # per processor, where rows are wide: with fewer, tiles shrink
 MIN_PROGRAMS = 2  # per processor: with fewer, tiles shrink
 MAX_PROGRAMS = 64  # per processor: with more, a program takes several tiles
 
@@ -132,10 +133,12 @@ def _wide_score_kernel(
         gdc_launch_dependents()
     tile, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_whole = tl.load(lengths_ptr + request) // BLOCK_SIZE
+    blocks = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The table is as wide as all scores: its pages need not wait for the length.
+    table = table_ptr + request.to(tl.int64) * table_stride
+    pages = tl.load(table + blocks // PER_PAGE, mask=blocks // MERGE < num_scores, other=0)
     if tile * BLOCK_N < num_whole:
-        blocks = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         live = (blocks < num_whole)[:, None]
-        pages = tl.load(table_ptr + request.to(tl.int64) * table_stride + blocks // PER_PAGE, mask=blocks < num_whole)
         rows = ((pages.to(tl.int64) * NUM_KV + head) * PER_PAGE + blocks % PER_PAGE)[:, None] * (NUM_STATS * DIM)
         in_group = (tl.arange(0, BLOCK_G) < GROUP)[None, :]
         heads = group_rows(request, head, GROUP, NUM_KV, BLOCK_G)
@@ -167,10 +170,13 @@ def _wide_score_kernel(
         tl.store(out, best, mask=(merged + 1) * MERGE <= num_whole)
 
 
-def cut(width: int, rows: int, largest: int, device: torch.device) -> tuple[int, int, int]:
-    """How ``rows`` rows of ``width`` columns are cut: (columns per tile, tiles per program, programs per row)."""
-    processors, tile = num_processors(device), largest
-    while tile > 16 and rows * triton.cdiv(width, tile) < MIN_PROGRAMS * processors:
+def cut(width: int, rows: int, largest: int, device: torch.device, least: int | None = None) -> tuple[int, int, int]:
+    """How ``rows`` rows of ``width`` columns are cut: (columns per tile, tiles per program, programs per row).
+
+    least: programs per processor before tiles grow to the ``largest``.
+    """
+    processors, tile, least = num_processors(device), largest, MIN_PROGRAMS if least is None else least
+    while tile > 16 and rows * triton.cdiv(width, tile) < least * processors:
         tile //= 2
     tiles = triton.cdiv(width, tile)
     per_program = triton.cdiv(tiles * rows, MAX_PROGRAMS * processors)
@@ -210,11 +216,11 @@ def score_blocks(
         "BLOCK_G": power_of_two(num_q // num_kv, smallest=8),
     }  # fmt: skip
     if block_e > WIDEST_ROW:
-        tile, _, _ = cut(width, requests * num_kv, WIDE_TILE, q.device)
+        tile, _, _ = cut(width, requests * num_kv, WIDE_TILE, q.device, WIDE_PROGRAMS)
         _wide_score_kernel[(triton.cdiv(width, tile), num_kv, requests)](
             q, summaries, page_table, lengths, out, scale, deviation, page_table.stride(0), out.shape[2],
             BLOCK_E=WIDE_COLUMNS, BLOCK_N=tile, **shape,
-            **launch_options(q, num_warps=SCORE_WARPS, num_stages=SCORE_STAGES),
+            **launch_options(q, num_warps=SCORE_WARPS, num_stages=WIDE_STAGES),
         )  # fmt: skip
         return out
     largest = tile_of(SCORE_TILE_BYTES, block_e * q.element_size())

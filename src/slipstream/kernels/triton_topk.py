@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.kernels.launch import block_size as power_of_two
-from slipstream.kernels.launch import launch_options
+from slipstream.kernels.launch import launch_options, num_processors
 from slipstream.kernels.triton_choose import ABSENT, FORCED, choose, fill, num_warps, to_image
 from slipstream.kernels.triton_weights import (
     FLOAT_MAX,
@@ -34,6 +34,9 @@ LOGITS_TILE = 2048
 UNION_TILE = 16384
 """Choices of chunks that one program joins; what is left beyond the budget lets chunks end their search early."""
 LOGITS_PER_WARP = 2048
+SHARED_REGISTERS = 128
+"""Of a thread, where there are more rows than processors: left to itself a row of 8192 takes so many (176) that no
+processor holds two."""
 
 
 @triton.jit
@@ -303,10 +306,11 @@ def top_tokens(
                 *rows, partials, images, width, num_partials, sink, max(recent, 1),
                 BLOCK_P=power_of_two(num_partials), IS_SUM=is_sum, **tokens, **options,
             )  # fmt: skip
+        shared = logits.is_cuda and requests * num_kv > num_processors(logits.device)
         _select_kernel[(requests, num_kv)](
             images, *rows[1:], indices, counts, width, budget, sink, max(recent, 1),
             SIZE=block_size, LISTED=blocks is not None, BLOCK=block, ARE_LOGITS=group == 1,
-            **launch_options(logits, num_warps=num_warps(block)),
+            **launch_options(logits, num_warps=num_warps(block)), **({"maxnreg": SHARED_REGISTERS} if shared else {}),
         )  # fmt: skip
         return indices, counts
     room = min(block, max(budget, UNION_TILE // chunks))

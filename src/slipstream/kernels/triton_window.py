@@ -11,20 +11,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _angles(cos_sin_ptr, position, last, stride, dims, HALF: tl.constexpr):
+def _angles(cos_sin_ptr, position, last, stride, dims, DIM: tl.constexpr, HALF: tl.constexpr):
     """Cosine and sine of every dimension at a position of the table, 1 and 0 where nothing is rotated; [D] each."""
     row = cos_sin_ptr + tl.minimum(position, last) * stride
-    rotated = dims < 2 * HALF
-    pair = dims % HALF
+    rotated = (dims >= DIM - 2 * HALF) & (dims < DIM)
+    pair = tl.where(rotated, dims - (DIM - 2 * HALF), 0) % HALF
     cos = tl.load(row + pair, mask=rotated, other=1.0)
     return cos, tl.load(row + HALF + pair, mask=rotated, other=0.0)
 
 
 @triton.jit
-def _partner(dims, HALF: tl.constexpr):
+def _partner(dims, DIM: tl.constexpr, HALF: tl.constexpr):
     """The dimension that each one is rotated with, and the sign that its sine has there."""
-    upper = (dims >= HALF) & (dims < 2 * HALF)
-    lower = dims < HALF
+    upper = (dims >= DIM - HALF) & (dims < DIM)
+    lower = (dims >= DIM - 2 * HALF) & (dims < DIM - HALF)
     return tl.where(lower, dims + HALF, tl.where(upper, dims - HALF, dims)), tl.where(lower, -1.0, 1.0)
 
 
@@ -35,13 +35,14 @@ def load_plain(
 ):  # fmt: skip
     """A query without its rotation, in its own dtype. q_ptr: one pointer or [H, 1] of them; dims: [D] or [1, D].
 
-    live: masks heads, broadcast with ``dims``. HALF: rotated pairs, from the model's table [last + 1, 2 * HALF].
+    live: masks heads, broadcast with ``dims``. HALF: rotated pairs, from the model's table [last + 1, 2 * HALF]; they
+    are the last columns of DIM.
     """
     mask = live & (dims < DIM)
     x = tl.load(q_ptr + dims, mask=mask, other=0.0)
     if ROTATE:
-        cos, sin = _angles(cos_sin_ptr, position, last, stride, dims, HALF)
-        partner, sign = _partner(dims, HALF)
+        cos, sin = _angles(cos_sin_ptr, position, last, stride, dims, DIM, HALF)
+        partner, sign = _partner(dims, DIM, HALF)
         other = tl.load(q_ptr + partner, mask=mask, other=0.0).to(tl.float32)
         square = tl.fma(cos, cos, sin * sin)
         # The inverse of a rotation is the rotation by the negative sine.
@@ -56,8 +57,8 @@ def store_rotated(
 ):  # fmt: skip
     """x: [D] fp32, rotated to ``position`` and stored in the dtype of ``out_ptr``."""
     if ROTATE:
-        cos, sin = _angles(cos_sin_ptr, position, last, stride, dims, HALF)
-        partner, sign = _partner(dims, HALF)
+        cos, sin = _angles(cos_sin_ptr, position, last, stride, dims, DIM, HALF)
+        partner, sign = _partner(dims, DIM, HALF)
         x = tl.fma(x, cos, tl.gather(x, partner, 0) * (sign * sin))
     tl.store(out_ptr + dims, x.to(out_ptr.dtype.element_ty), mask=dims < DIM)
 

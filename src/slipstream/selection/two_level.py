@@ -95,14 +95,21 @@ class TwoLevelSelector(Planned):
 
     def blocks(self, layer: int, query: Tensor) -> Tensor:
         """Level 1. query: [B, Hq, D] -> [B, Hk, M] int32 blocks, ascending, then -1."""
-        own, lengths = self._config, self._lengths
-        scores = sparse.score_blocks(
-            query, self._index.summaries(layer), self._table, lengths, self._kind, own.merge, self._scale,
+        return self.best(self.scores(layer, query))
+
+    def scores(self, layer: int, query: Tensor) -> Tensor:
+        """[B, Hk, N] fp32, of every block that is complete."""
+        own = self._config
+        return sparse.score_blocks(
+            query, self._index.summaries(layer), self._table, self._lengths, self._kind, own.merge, self._scale,
             own.block_aggregate, own.deviation, own.index.block,
         )  # fmt: skip
+
+    def best(self, scores: Tensor) -> Tensor:
+        own = self._config
         # No more than there are: where page tables are narrow, so are the candidates.
         num_blocks = min(own.blocks, scores.shape[-1])
-        return sparse.top_blocks(scores, lengths, own.block, num_blocks, own.sink, own.recent)
+        return sparse.top_blocks(scores, self._lengths, own.block, num_blocks, own.sink, own.recent)
 
     def tokens(self, layer: int, query: Tensor, blocks: Tensor) -> Selection:
         """Level 2, inside ``blocks`` [B, Hk, M]."""
