@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         _initialise(self, seed, scale)
 
     def balance(self) -> None:
-        """After an update: even out the loads of experts, where there are some."""
+        """After an update: what keeps a model in bounds; nothing here."""
 
     def hidden(self, tokens: Tensor, table: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
         """Final normed states [T, H]. table: [T, 2, D/2] of the tokens' positions; starts, sizes: see ``attend``."""

@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=13, help="processes that make training documents")
     parser.add_argument("--inits", type=int, default=2, help="target initialisations tried in the first stage")
     parser.add_argument("--target-lr", type=float, default=0.01)
+    parser.add_argument("--hold", type=float, default=0.5, help="fraction of the run after which the rates fall")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of one step")
     parser.add_argument("--problems", type=int, default=100, help="problems of one cell of the evaluation")
     parser.add_argument("--seed", type=int, default=0)
@@ -202,9 +203,9 @@ class Trainer:
         return True
 
 
-def schedule(fraction: float, step: int) -> float:
-    """Learning-rate factor: 100 steps of warm-up, constant to half time, linear to 1 %."""
-    decay = 1.0 if fraction < 0.5 else 1.0 - 0.99 * (fraction - 0.5) / 0.5
+def schedule(fraction: float, step: int, hold: float = 0.5) -> float:
+    """Learning-rate factor: 100 steps of warm-up, constant until ``hold`` of the time is over, linear to 1 %."""
+    decay = 1.0 if fraction < hold else 1.0 - 0.99 * (fraction - hold) / (1 - hold)
     return min(1.0, (step + 1) / 100) * max(decay, 0.01)
 
 
@@ -239,7 +240,7 @@ def train(trainer: Trainer, feed: Feed) -> None:
         before = time.monotonic()
         batch = to_device(feed.next(), trainer.device)
         waited += time.monotonic() - before
-        trainer.step(batch, schedule(fraction, step))
+        trainer.step(batch, schedule(fraction, step, options.hold))
         step += 1
         tokens += options.tokens
         if trainer.device.type == "cuda" and step % 4 == 0:

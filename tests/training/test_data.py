@@ -124,3 +124,4 @@ def test_losses_and_measures():
 def test_schedule():
     assert schedule(0.0, 0) == 0.01 and schedule(0.1, 99) == schedule(0.49, 10_000) == 1.0
     assert schedule(0.75, 10_000) == pytest.approx(0.505) and schedule(1.0, 10_000) == pytest.approx(0.01)
+    assert schedule(0.3, 10_000, 0.3) == 1.0 and schedule(0.65, 10_000, 0.3) == pytest.approx(0.505)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from slipstream.models.weights import load_model
 from training.export import export
-from training.latent import Gate, LatentDecoder, Mixture, latent_config, tiny_latent_config
+from training.latent import GROWTH, Gate, LatentDecoder, Mixture, latent_config, tiny_latent_config
 from training.model import rotary_table, token_losses
 from training.muon import Muon
 
@@ -128,3 +128,18 @@ def test_first_steps_learn_and_loads_are_evened_out():
         assert torch.equal(moved.sign(), (load.mean() - load).sign()) and not gate.load.any()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@torch.no_grad()
+def test_queries_and_keys_do_not_grow_beyond_a_bound():
+    model = LatentDecoder(tiny_latent_config(VOCAB))
+    attention = model.model.layers[1].self_attn
+    model.balance()
+    q, keys, shared = attention.heads()
+    bound, own, values = GROWTH * q.norm(dim=(1, 2)).mean(), keys.clone(), attention.kv_b_proj.weight[16:48].clone()
+    q[0].mul_(9)
+    shared.mul_(9)
+    model.balance()
+    torch.testing.assert_close(q[0].norm(), bound)
+    torch.testing.assert_close(shared.norm(), attention.bounds[2])
+    assert torch.equal(keys, own) and torch.equal(attention.kv_b_proj.weight[16:48], values)
