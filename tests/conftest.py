@@ -28,7 +28,7 @@ TINY = {
 def load(model, **options):
     from slipstream import LLM  # seconds of imports that most rooms' tests do not need
 
-    return LLM(model, device="cpu", **options)
+    return LLM(model, **({"device": "cpu"} | options))
 
 
 @pytest.fixture(scope="session")

@@ -262,9 +262,10 @@ def make_backend(
     return SparseBackend(pool, spec, index, selector, dense, at, config.dense_layers, config.unread, online)
 
 
-def talks_to_a_rank(config: Attention) -> bool:
-    """Whether steps wait for another process, which a captured step cannot."""
-    return isinstance(config, AsyncSpade) and config.cache_rank is not None
+def has_a_cache_rank(config: Attention) -> bool:
+    """Whether steps must stay eager: a captured one cannot wait for another process, and over two GPUs the capture
+    itself fails in torch's allocator (torch 2.11, two H200s)."""
+    return isinstance(config, AsyncSpade) and config.is_remote
 
 
 def extra_bytes(config: Attention, spec: ModelSpec, num_seats: int) -> tuple[int, int]:
@@ -379,7 +380,7 @@ def _build(model: Any, source: Any, chosen: Options, config: Attention, device: 
         max_num_seqs=num_seats,
         max_batch_tokens=chosen.max_batch_tokens,
         overlap=device.type == "cuda" if chosen.overlap is None else chosen.overlap,
-        cuda_graphs=chosen.cuda_graphs and not talks_to_a_rank(config),
+        cuda_graphs=chosen.cuda_graphs and not has_a_cache_rank(config),
         prefix_cache=chosen.prefix_cache,
         seed=chosen.seed,
     )

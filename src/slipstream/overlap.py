@@ -10,7 +10,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -169,13 +168,11 @@ class PeerLane:
     """A CUDA stream of another device, ``far``, and one beside the current one of this device, ``near``.
 
     Work finds both current: what it copies between the devices waits for no other stream, and no other waits for it.
-    The streams join at the end of each piece of work; a ticket is for both. In a capture the far device's memory comes
-    from a pool of its own.
+    The streams join at the end of each piece of work; a ticket is for both. Not for steps that are captured.
     """
 
     def __init__(self, near: torch.device, far: torch.device) -> None:
-        self._near, self._far = torch.cuda.Stream(near), torch.cuda.Stream(far)
-        self._device, self._memory = near, torch.cuda.MemPool()
+        self._near, self._far, self._device = torch.cuda.Stream(near), torch.cuda.Stream(far), near
         self._closed = False
 
     def submit(self, work: Callable[..., T], *args: Any) -> _StreamTicket[T]:
@@ -183,12 +180,7 @@ class PeerLane:
             raise RuntimeError("this lane is closed")
         self._near.wait_stream(torch.cuda.current_stream(self._device))
         self._far.wait_stream(self._near)
-        is_captured = torch.cuda.is_current_stream_capturing()
-        with ExitStack() as stack:
-            stack.enter_context(torch.cuda.stream(self._near))
-            stack.enter_context(torch.cuda.stream(self._far))
-            if is_captured:
-                stack.enter_context(torch.cuda.use_mem_pool(self._memory, self._far.device))
+        with torch.cuda.stream(self._near), torch.cuda.stream(self._far):
             result = work(*args)
         self._near.wait_stream(self._far)
         event = torch.cuda.Event()

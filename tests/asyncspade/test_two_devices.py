@@ -47,14 +47,13 @@ def test_what_it_does_not_do_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_two_gpus_are_one(method, graphs):
+def test_two_gpus_are_one(method):
     def on(**more):
         attention = {"method": "asyncspade", **METHOD, **KEYS}
         llm = LLM(
             MODEL, device="cuda:0", load_format="dummy", page_size=16, kv_memory="64MiB", max_num_seqs=8,
-            max_batch_tokens=100, cuda_graphs=graphs, dtype="float32", attention=attention | method | more,
+            max_batch_tokens=100, cuda_graphs=False, dtype="float32", attention=attention | method | more,
         )  # fmt: skip
         return [tokens(llm, ASKED, params(n=2, temperature=0)) for _ in range(2)]
 
