@@ -114,7 +114,8 @@ def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
     cap_caches()
     dice = random.Random(args.seed)
     page_size = max(16, getattr(parse_attention(method), "block", 16))
-    options = {"max_model_len": 1600, "page_size": page_size, "device": args.device, "attention": method}
+    attention = method if method == "full" else {"method": method, "budget": 128, "min_context": 128}
+    options = {"max_model_len": 1600, "page_size": page_size, "device": args.device, "attention": attention}
     seats = LLM(args.model, **options).memory.fixed_bytes  # what a method keeps beside its pages
     llm = LLM(args.model, **options, kv_memory=parse_bytes(args.kv_memory) + seats)
     prompts = [[dice.randrange(16, 1000) for _ in range(dice.choice(LENGTHS))] for _ in range(24)]
@@ -137,6 +138,7 @@ def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
     server.should_exit = True
     thread.join(60)
     pressed = stats["preemptions"] + stats["pages_left"]  # the latter where chains decode without pages
+    check(method == "full" or stats["sparse_rows"] > 0, f"{method}: every step was dense, the method was never at work")
     check(pressed > 0, f"{method}: the cache was large enough for all, nothing was preempted")
     check(crowd.counts["left"] > 0 and crowd.counts["right"] > 0, f"{method}: nobody left, or nobody stayed")
     held = stats["running"] + stats["waiting"] + stats["pages_used"]
