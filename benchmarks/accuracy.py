@@ -88,8 +88,11 @@ def long(samples: int, skipped: list[Row]) -> list[Arm]:
 
 
 def probe(samples: int, skipped: list[Row]) -> list[Arm]:
-    few = cells(("needle_multikey", "variable_tracking", "program_shuffled:steps=20"), (4096,), min(samples, 8), "B")
-    return arms_of(("window", *RIVALS), ["256"], few, skipped)
+    """What each method selects, layer by layer. TOVA cannot be looked at: its keys are gone."""
+    needles = cells(NEEDLES, (2048, 4096, 8192), samples, "B")
+    chains = [parse_cell(text, None, samples) for text in PROGRAMS]
+    methods = ("window", *RIVALS)
+    return [*arms_of(methods, ["1/8", "1/32"], needles, skipped), *arms_of(methods, ["256"], chains, skipped)]
 
 
 def papers(samples: int, skipped: list[Row]) -> list[Arm]:
@@ -192,7 +195,7 @@ def measure_arm(report: Report, args: argparse.Namespace, part: str, arm: Arm) -
     engine = {"max_num_seqs": args.max_num_seqs, "max_batch_tokens": args.max_batch_tokens, "device": args.device}
     if args.kv_memory:
         engine["kv_memory"] = args.kv_memory
-    rows = compare.run_arm(args.model, arm, engine=engine, log=args.log, probe=4 if part == "probe" else 0)
+    rows = compare.run_arm(args.model, arm, engine=engine, log=args.log, probe=args.samples if part == "probe" else 0)
     stats = rows[0]["stats"]
     if stats["decode_tokens"] and "sparse_steps" in stats:
         check(stats["sparse_steps"] > 0, f"{arm.name} was never sparse")
