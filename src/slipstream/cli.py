@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.markup import escape
 
-from slipstream import cli_asyncspade, cli_cache_rank, cli_scale, cli_serve, cli_sparse
+from slipstream import cli_asyncspade, cli_cache_rank, cli_deploy, cli_scale, cli_serve, cli_sparse
 from slipstream.build import ATTENTION, DEFAULT_MODEL, Options, embedded_models, parse_attention
 from slipstream.console import (
     Model,
@@ -257,6 +257,8 @@ app.command("compare-predictors")(cli_asyncspade.compare_predictors)
 app.command("train-predictor")(cli_asyncspade.train_predictor)
 app.command("trace")(engine_options(cli_asyncspade.trace))
 app.command("cache-rank")(cli_cache_rank.cache_rank)
+app.command("deploy")(cli_deploy.deploy)
+app.command("status")(cli_deploy.status)
 bench.command("serve")(cli_serve.bench_serve)
 app.add_typer(cli_scale.app, name="scale")
 
@@ -279,9 +281,9 @@ def demo(
     samples: Annotated[int, typer.Option(help="Problems per task.")] = 8,
 ) -> None:
     """The embedded model thinks aloud, then solves a batch; ends with a table, a picture and one JSON line."""
-    from slipstream.demo import LATENT, run_demo
+    from slipstream.demo import run_demo
 
-    run_demo(picture, samples, err, LATENT in embedded_models())
+    run_demo(picture, samples, err)
 
 
 def main() -> None:

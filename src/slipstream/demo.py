@@ -120,8 +120,8 @@ def draw(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], path: Path) 
     plt.close(figure)
 
 
-def run_demo(picture: Path, samples: int, err: Console, latent: bool = True) -> None:
-    """The whole demo. latent: the model with latent attention too. Ends with one JSON line on stdout."""
+def run_demo(picture: Path, samples: int, err: Console) -> None:
+    """The whole demo. Ends with one JSON line on stdout."""
     if not picture.parent.is_dir():
         raise ValueError(f"there is no directory {picture.parent} for the picture")
     llm = LLM(MODEL, max_model_len=16384)
@@ -151,8 +151,7 @@ def run_demo(picture: Path, samples: int, err: Console, latent: bool = True) -> 
         "kv_pool_bytes": stats["kv_pool_bytes"],
         "picture": str(picture),
     }
-    if latent:
-        result["latent"] = show_latent(samples, err)
+    result["latent"] = show_latent(samples, err)
     print(json.dumps(result))
 
 
