@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--alphas", type=lambda text: [float(a) for a in words(text)], default="0.1,0.2,0.3,0.5")
-    parser.add_argument("--scores", type=words, default="log-ratio,perplexity,draft,entropy,grade")
+    parser.add_argument("--scores", type=words, default="worst-token,log-ratio,perplexity,draft,entropy,grade")
     parser.add_argument("--takeovers", type=words, default="replace,continue")
     parser.add_argument("--modes", type=words, default="per-question,marginal,static")
     parser.add_argument("--window", type=int, default=256)

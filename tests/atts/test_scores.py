@@ -41,6 +41,10 @@ def test_perplexity_is_the_mean_over_the_whole_turn():
     assert value("perplexity", target) == 3.0 and target.asked == ([1, 2, 5, 6, 7], 2)
 
 
+def test_the_worst_token_is_not_diluted_by_its_turn():
+    assert value("worst-token", Known([-0.1, -6.0, -0.2])) == 6.0
+
+
 def test_the_ratio_removes_what_is_hard_for_both():
     assert value("log-ratio", Known([-1.0, -2.0, -6.0])) == pytest.approx((-0.6 + 9.0) / 3)
     assert value("log-ratio", Known([-0.2, -0.2, -0.2])) == pytest.approx(0.0)
@@ -62,7 +66,7 @@ def test_the_grade_is_an_expectation_over_digits():
         value("grade", Known(tops={"x": 0.0}))
 
 
-@pytest.mark.parametrize("name", ["perplexity", "log-ratio"])
+@pytest.mark.parametrize("name", ["perplexity", "worst-token", "log-ratio"])
 def test_no_log_probabilities_is_a_failure_never_a_zero(name):
     with pytest.raises(BackendError) as caught:
         value(name, Known([]))
@@ -76,11 +80,12 @@ def test_a_draft_without_its_own_is_a_failure(name):
     assert caught.value.kind == "empty"
 
 
-def test_nan_is_a_failure():
+@pytest.mark.parametrize("name", ["perplexity", "worst-token"])
+def test_nan_is_a_failure(name):
     with pytest.raises(BackendError) as caught:
-        value("perplexity", Known([-1.0, math.nan]))
+        value(name, Known([-1.0, math.nan]))
     assert caught.value.kind == "nan"
-    assert value("perplexity", Known([-1.0, -math.inf])) == math.inf
+    assert value(name, Known([-1.0, -math.inf])) == math.inf
 
 
 def test_any_callable_is_a_score():

@@ -55,6 +55,8 @@ async def _target_logprobs(view: View) -> list[float]:
     logprobs = await view.target.score(view.ids, view.start)
     if not logprobs:
         raise BackendError("empty", "the target gave no log-probabilities of the turn")
+    if any(math.isnan(value) for value in logprobs):
+        raise BackendError("nan", "a log-probability of the target is not a number")
     return logprobs
 
 
@@ -68,6 +70,11 @@ async def perplexity(view: View) -> float:
     """The target's log-perplexity of the turn (the paper's score, its sign turned)."""
     logprobs = await _target_logprobs(view)
     return -sum(logprobs) / len(logprobs)
+
+
+async def worst_token(view: View) -> float:
+    """Minus the target's log-probability of the token that it likes least: one wrong digit is one token of a turn."""
+    return -min(await _target_logprobs(view))
 
 
 async def log_ratio(view: View) -> float:
@@ -100,6 +107,7 @@ async def grade(view: View) -> float:
 SCORES: dict[str, Score] = {
     "perplexity": Score(perplexity),
     "log-ratio": Score(log_ratio, tops=0),
+    "worst-token": Score(worst_token),
     "entropy": Score(entropy, reads_target=False, tops=20),
     "draft": Score(draft_perplexity, reads_target=False, tops=0),
     "grade": Score(grade, reads_target=False),
