@@ -90,9 +90,12 @@ def long(samples: int, skipped: list[Row]) -> list[Arm]:
 def probe(samples: int, skipped: list[Row]) -> list[Arm]:
     """What each method selects, layer by layer. TOVA cannot be looked at: its keys are gone."""
     needles = cells(NEEDLES, (2048, 4096, 8192), samples, "B")
+    return arms_of(("window", *RIVALS), ["1/8", "1/32"], needles, skipped)
+
+
+def probe_programs(samples: int, skipped: list[Row]) -> list[Arm]:
     chains = [parse_cell(text, None, samples) for text in PROGRAMS]
-    methods = ("window", *RIVALS)
-    return [*arms_of(methods, ["1/8", "1/32"], needles, skipped), *arms_of(methods, ["256"], chains, skipped)]
+    return arms_of(("window", *RIVALS), ["256"], chains, skipped)
 
 
 def papers(samples: int, skipped: list[Row]) -> list[Arm]:
@@ -115,7 +118,7 @@ def asyncspade(samples: int, skipped: list[Row]) -> list[Arm]:
 
 PARTS: dict[str, Callable[[int, list[Row]], list[Arm]]] = {
     "retrieval": retrieval, "programs": programs, "variants": variants, "probe": probe, "long": long, "papers": papers,
-    "asyncspade": asyncspade,
+    "probe_programs": probe_programs, "asyncspade": asyncspade,
 }  # fmt: skip
 DEFAULT = "retrieval,programs,variants,probe"
 SHOWN = ("retrieval", "programs", "long", "asyncspade")  # in the picture
@@ -148,7 +151,8 @@ def plan(parts: Sequence[str], args: argparse.Namespace, report: Report) -> list
     for part in parts:
         skipped: list[Row] = []
         arms = [
-            (part, arm, estimate(arm, args.max_num_seqs, part == "probe")) for arm in PARTS[part](args.samples, skipped)
+            (part, arm, estimate(arm, args.max_num_seqs, part.startswith("probe")))
+            for arm in PARTS[part](args.samples, skipped)
         ]
         found += sorted(arms, key=lambda item: (not item[1].method.is_dense, item[2]))
         report.notes.setdefault("skipped", []).extend(skipped)
@@ -195,7 +199,9 @@ def measure_arm(report: Report, args: argparse.Namespace, part: str, arm: Arm) -
     engine = {"max_num_seqs": args.max_num_seqs, "max_batch_tokens": args.max_batch_tokens, "device": args.device}
     if args.kv_memory:
         engine["kv_memory"] = args.kv_memory
-    rows = compare.run_arm(args.model, arm, engine=engine, log=args.log, probe=args.samples if part == "probe" else 0)
+    rows = compare.run_arm(
+        args.model, arm, engine=engine, log=args.log, probe=args.samples if part.startswith("probe") else 0
+    )
     stats = rows[0]["stats"]
     if stats["decode_tokens"] and "sparse_steps" in stats:
         check(stats["sparse_steps"] > 0, f"{arm.name} was never sparse")
