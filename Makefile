@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench gpu-test clean
+.PHONY: setup demo test scale-test check bench gpu-test clean
 
 setup: $(STAMP)
 
@@ -17,7 +17,12 @@ demo: setup
 	$(BIN)/slipstream demo --picture demo.png
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu and not ray" -n 2
+
+# Two Ray nodes on this machine: minutes, and a quarter of a GB of Ray, so they are no part of `make test`.
+scale-test: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,scale]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy
 
 check: setup
 	$(BIN)/ruff check --no-cache .

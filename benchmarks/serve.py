@@ -38,13 +38,14 @@ Prompts = list[list[int]]
 class Asking:
     """One request on a connection of its own. Its answer is only collected: what parsing costs is not the server's."""
 
-    def __init__(self, port: int, prompt: list[int], tokens: int, stream: bool) -> None:
+    def __init__(self, port: int, prompt: list[int], tokens: int, stream: bool, key: str = "") -> None:
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         data = json.dumps(body | {"stream": stream}).encode()
         self.stream, self.began, self.first, self.answer = stream, time.perf_counter(), 0.0, bytearray()
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Authorization: Bearer {key}\r\n" if key else ""
         self.socket.sendall(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         self.socket.setblocking(False)
 
@@ -73,13 +74,13 @@ class Asking:
         return self.first, [token for event in events for token in json.loads(event)["choices"][0]["token_ids"]]
 
 
-def ask_all(port: int, prompts: Prompts, tokens: int, stream: bool, width: int) -> list[Asking]:
+def ask_all(port: int, prompts: Prompts, tokens: int, stream: bool, width: int, api_key: str = "") -> list[Asking]:
     """All requests, ``width`` at a time, on one thread: a client that is no heavier than it must be."""
     waiting, open_, all_ = list(enumerate(prompts))[::-1], selectors.DefaultSelector(), {}
     while waiting or open_.get_map():
         while waiting and len(open_.get_map()) < width:
             place, prompt = waiting.pop()
-            all_[place] = Asking(port, prompt, tokens, stream)
+            all_[place] = Asking(port, prompt, tokens, stream, api_key)
             open_.register(all_[place].socket, selectors.EVENT_READ, all_[place])
         for key, _ in open_.select():
             if key.data.read():

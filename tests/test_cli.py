@@ -303,7 +303,8 @@ def test_models(slipstream, monkeypatch):
     code, out, _ = slipstream("models")
     assert code == 0
     for name, path in embedded_models().items():
-        assert f"{name}: Qwen3ForCausalLM" in out and str(path) in out
+        kind = "Glm4MoeLiteForCausalLM" if name == "slipstream-mla" else "Qwen3ForCausalLM"
+        assert f"{name}: {kind}" in out and str(path) in out
 
 
 COMMANDS = [["generate"], ["eval"], ["compare"], ["bench", "decode"], ["bench", "crossover"]]

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_sparse": {"build", "console", "compare", "evaluation", "benchmark", "tasks", "attention"},
     "demo": {"llm", "types", "tasks", "evaluation"},
     "scaling": {"atts", "llm", "text", "types"},
-    "cli_scale": {"atts", "console", "scaling", "types"},
+    "cli_scale": {"atts", "console", "deploy", "scaling", "types"},
     "cli": {
         "build",
         "llm",
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "console",
         "cli_asyncspade",
         "cli_cache_rank",
+        "cli_deploy",
         "cli_scale",
         "cli_serve",
         "cli_sparse",
@@ -58,10 +59,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # atts and scaling: a chat request that asks for test-time scaling is a run of theirs (server/scaled.py)
     "server": {"atts", "build", "llm", "scaling", "types", "text"},
     "cli_serve": {"atts", "build", "console", "llm", "server", "types"},
+    # processes of its own are servers and cache ranks; its entrance has the servers' door
+    "deploy": {"asyncspade", "atts", "build", "kvcache", "llm", "server", "text", "types"},
+    "cli_deploy": {"console", "deploy"},
     "__init__": {"*"},
     "__main__": {"cli"},
 }
-NEVER_BELOW_BUILD = {"build", "rank", "llm", "cli", "cli_scale", "scaling", "server", "evaluation", "demo", "__init__"}
+NEVER_BELOW_BUILD = {
+    "build", "rank", "llm", "cli", "cli_scale", "deploy", "scaling", "server", "evaluation", "demo", "__init__"
+}  # fmt: skip
 
 # by-law (b): these appear only where time is somebody's business
 TIME_MODULES = {"threading", "asyncio", "torch.distributed", "queue"}
@@ -75,6 +81,7 @@ TIME_ROOMS = {
     "scale",
     "rank",
     "server",
+    "deploy",
     "llm",
 }
 
@@ -145,4 +152,4 @@ def test_files_stay_readable():
     """Complexity has a budget: no file of the package beyond 400 lines, and so many in all (docs/architecture.md)."""
     lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
     assert {str(p): n for p, n in lines.items() if n > 400} == {}
-    assert sum(lines.values()) < 28_500
+    assert sum(lines.values()) < 30_300

@@ -62,7 +62,9 @@ def _atts_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run(
     problems: Annotated[Path, typer.Argument(help="JSON lines: id, prompt (or messages, prompt_token_ids), answer.")],
     config: dict[str, Any],
-    draft: Annotated[str, typer.Option(help="Model, directory, or URL (http, vllm+http, sglang+http; #name).")] = DRAFT,
+    draft: Annotated[
+        str, typer.Option(help="Model, directory, URL (http, vllm+http, sglang+http; #name), or ray://POOL.")
+    ] = DRAFT,
     target: Annotated[str, typer.Option(help="The same.")] = TARGET,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory for servers.")] = None,
     log: Annotated[Path | None, typer.Option(help="Append-only log; a killed run goes on from it.")] = None,
@@ -85,8 +87,8 @@ def run(
     read = read_problems(problems, options.seed)
     with _Progress(len(read), options.samples) as progress:
         outcome = scale_sync(
-            read, draft=draft, target=target, config=options, log=log, resume=resume, on_event=progress,
-            tokenizer=tokenizer, device=device, kv_memory=kv_memory,
+            read, draft=_opened(draft), target=_opened(target), config=options, log=log, resume=resume,
+            on_event=progress, tokenizer=tokenizer, device=device, kv_memory=kv_memory,
         )  # fmt: skip
     result = summary(outcome)
     _show(result)
@@ -94,6 +96,15 @@ def run(
         draw(outcome, picture)
         err.print(f"picture: {picture}")
     write_result({"scale": str(problems), "draft": draft, "target": target, **result}, json_out)
+
+
+def _opened(model: str) -> Any:
+    """``ray://`` is a pool of a deployment."""
+    if not model.startswith("ray://"):
+        return model
+    from slipstream.deploy.cluster import open_pool
+
+    return open_pool(model)
 
 
 @app.command()

@@ -114,7 +114,8 @@ def _add_text(app: FastAPI, service: Service) -> None:
         return {"prompt": await service.decode(body.tokens)}
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def live_page() -> tuple[str, dict[str, str]]:
+    """The page and the headers that it is sent with."""
     page = PAGE.read_text(encoding="utf-8")
     digests = [
         base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
@@ -123,6 +124,16 @@ def _add_state(app: FastAPI, service: Service) -> None:
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     policy = f"default-src 'none'; style-src {allowed}; script-src {allowed}; connect-src 'self'; img-src data:; "
     policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    guards = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return page, guards
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    page, guards = live_page()
     began = time.monotonic()
 
     @app.get("/health")
@@ -155,11 +166,6 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/", response_class=HTMLResponse)
     async def live() -> HTMLResponse:
-        guards = {
-            "Content-Security-Policy": policy,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
         return HTMLResponse(page, headers=guards)
 
 
