@@ -12,10 +12,16 @@ Full attention and two_level do not depend on the cap but for the batch that fit
 its peak of device memory is given without the pages that the batch does not need. Pinning the host's memory takes most
 of a minute: all engines get the same piece.
 
+A mixture of experts reads more weights the more chains it decodes: ``weights_gb`` is what a step reads of them where
+tokens choose at random, ``context_gb`` what full attention reads beside that.
+
     PYTHONPATH=src python benchmarks/offload.py --json benchmarks/results/h200/offload.json
+    PYTHONPATH=src python benchmarks/offload.py --shapes glm-4.7-flash --contexts 98304 --caps 8GiB --host 40GiB ...
     PYTHONPATH=src python benchmarks/offload.py --smoke        # a CPU, tiny shapes: that it runs, no bar means anything
 
-Phases run in the order of their importance; no point is begun after ``--time-limit-s``. The JSON is written after each.
+First come the points that bars are of: each shape at the first context, under the first cap, with each of ``--slots``
+(few slots are many chains, many slots few bytes a step), then other contexts and caps, first tokens and traces of the
+first shape. No point is begun after ``--time-limit-s``. The JSON is written after each.
 """
 
 from __future__ import annotations
@@ -35,7 +41,8 @@ import torch
 from accuracy import keep
 from contexts import fill_pool, remember
 from harness import Report, check, time_host
-from shapes import QWEN3_8B, SHAPES
+from offload_bars import bars, weight_bytes
+from shapes import GLM_47_FLASH, QWEN3_8B, SHAPES
 from transfers import SharedHost, transfers
 from walks import Walk
 
@@ -43,15 +50,25 @@ from slipstream import LLM, AsyncTLS, SamplingParams, TwoLevel
 from slipstream.asynctls.config import plan_offload
 from slipstream.asynctls.offload import HostPool
 from slipstream.benchmark import decoding, random_prompts
-from slipstream.kvcache.plan import parse_bytes, plan_memory
+from slipstream.kernels.ops import stored
+from slipstream.kvcache.plan import available_host_bytes, parse_bytes, plan_memory
+from slipstream.models.config import normalise, read_config
 from slipstream.types import ModelSpec
 
-TINY = QWEN3_8B | {
+_SMALL = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "dtype": "float32",
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "eos_token_id": 63,
 }  # fmt: skip
+TINY = {
+    "tiny": QWEN3_8B | _SMALL,
+    "tiny-latent": GLM_47_FLASH | _SMALL | {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8,
+    },
+}  # fmt: skip
 PAGE = 64
 SLOTS = (2.0, 3.0, 4.0, 6.0, 8.0)
+SPARE_HOST = 8 << 30  # bytes of host memory that are not pinned: for everything else
 
 
 class Arms:
@@ -59,7 +76,7 @@ class Arms:
 
     def __init__(self, args: argparse.Namespace, report: Report, shape: str) -> None:
         self.args, self.report, self.shape = args, report, shape
-        self.config = TINY if args.smoke else SHAPES[shape]
+        self.config = TINY[shape] if args.smoke else SHAPES[shape]
         if args.layers:
             self.config = self.config | {"num_hidden_layers": args.layers}
         small = {"budget": 32, "blocks": 8, "block": 8, "channels": 8, "recent": 8} if args.smoke else {}
@@ -67,11 +84,12 @@ class Arms:
         self.contexts = [int(x) for x in args.contexts.split(",")]
         self.caps = [None if cap == "none" else cap for cap in args.caps.split(",")]
         self.overlaps = [float(x) for x in args.overlaps.split(",")]
-        own = self.config
+        self.least_slots = [float(x) for x in args.slots.split(",")]
+        own = self.decoder = read_config(normalise(self.config))
         self.spec = ModelSpec(
-            self.shape, own["num_hidden_layers"], own["hidden_size"], own["num_attention_heads"],
-            own["num_key_value_heads"], own["head_dim"], own["vocab_size"], max(self.contexts) + 512,
-            getattr(torch, own["dtype"]),
+            self.shape, own.num_layers, own.hidden_size, own.num_heads, own.num_kv_heads, own.head_dim, own.vocab_size,
+            max(self.contexts) + 512, getattr(torch, self.config["dtype"]),
+            value_dim=None if own.latent is None else own.latent.kv_lora,
         )  # fmt: skip
 
     @contextmanager
@@ -89,6 +107,7 @@ class Arms:
         )  # fmt: skip
         try:
             assert llm.spec.kv_bytes_per_token() == self.spec.kv_bytes_per_token()
+            assert llm.spec.value_dim == self.spec.value_dim
             (fill_host if isinstance(llm.pool, HostPool) else fill_pool)(llm)
             if on_cuda:
                 torch.cuda.synchronize()
@@ -106,7 +125,7 @@ class Arms:
 
     def fitting(self, cap: str, context: int, sparse: bool) -> int:
         """Chains whose KV, and index, fit under a cap."""
-        more = AsyncTLS(**self.method).index.bytes_per_token(self.spec) if sparse else 0
+        more = AsyncTLS(**self.method).for_model(self.spec).index.bytes_per_token(self.spec) if sparse else 0
         plan = plan_memory(self.spec, page_size=PAGE, kv_memory=cap, extra_bytes_per_token=more)
         return min(self.args.most, plan.num_tokens // self.tokens(context))
 
@@ -114,17 +133,16 @@ class Arms:
         """Chains that AsyncTLS takes under a cap; without one, those that the host holds."""
         try:
             plan = plan_offload(
-                AsyncTLS(**self.offload(cap, slots)), self.spec, page_size=PAGE, max_num_seqs=self.args.most,
-                max_model_len=max(self.contexts) + 512, device_bytes=parse_bytes(cap or "100GiB"),
+                AsyncTLS(**self.offload(cap, slots)).for_model(self.spec), self.spec, page_size=PAGE,
+                max_num_seqs=self.args.most, max_model_len=max(self.contexts) + 512,
+                device_bytes=parse_bytes(cap or "100GiB"),
             )  # fmt: skip
         except ValueError:  # not one fits
             return 0
         return min(plan.num_seats, (plan.num_pages - 1) * PAGE // self.tokens(context))
 
     def slots(self, cap: str | None) -> float:
-        """Under the first cap as few as may be; under others as many as there is room for, where the host is full."""
-        if cap == self.caps[0]:
-            return SLOTS[0]
+        """As many as there is room for, where the host is full."""
         most = self.largest(cap, self.contexts[0], SLOTS[0])
         return max(slots for slots in SLOTS if self.largest(cap, self.contexts[0], slots) == most)
 
@@ -151,11 +169,11 @@ class Arms:
             (context, batch)
             for context in self.contexts
             for cap in (caps if context == self.contexts[0] else caps[:1])
-            for batch in (self.largest(cap, context, SLOTS[0]), self.fitting(cap, context, True))
+            for batch in (*(self.largest(cap, context, s) for s in self.least_slots), self.fitting(cap, context, True))
             if batch
         ]
         most, pages = max(b for _, b in wanted), max(b * -(-self.tokens(c) // PAGE) for c, b in wanted)
-        config = TwoLevel(**self.method)
+        config = TwoLevel(**self.method).for_model(self.spec)
         per_page = PAGE * (self.spec.kv_bytes_per_token() + config.index.bytes_per_token(self.spec))
         with self.engine({"method": "two_level", **self.method}, most, str((pages + 8) * per_page)) as llm:
             walk = Walk(llm)
@@ -163,15 +181,15 @@ class Arms:
                 walk.follow(context, 0.9)
                 self.measure(llm, batch, context, 0.9, method="two_level")
 
-    def asynctls(self, cap: str | None) -> None:
-        args, first, slots = self.args, cap == self.caps[0], self.slots(cap)
+    def asynctls(self, cap: str | None, slots: float) -> None:
+        args, first = self.args, cap == self.caps[0]
         contexts = self.contexts if first else self.contexts[:1]
         most = max(self.largest(cap, context, slots) for context in contexts)
         with self.engine({"method": "asynctls", **self.offload(cap, slots)}, most) as llm:
             walk = Walk(llm)
             for context in contexts:
                 large = min(llm.engine.config.max_num_seqs, llm.memory.num_tokens // self.tokens(context))
-                small = min(large, self.fitting(cap, context, True)) if cap else 0
+                small = min(large, self.fitting(cap, context, True)) if cap and slots == self.least_slots[0] else 0
                 for overlap in (*self.overlaps, 1.0):
                     walk.follow(context, overlap)
                     for batch in dict.fromkeys(size for size in (large, small) if size):
@@ -179,7 +197,7 @@ class Arms:
                 if context == self.contexts[0] and args.trace and Path(args.trace).exists():
                     walk.replay(np.load(args.trace)["sets"])
                     self.measure(llm, large, context, "trace", method="asynctls", cap=cap, slots=slots)
-            if first:
+            if first and slots == self.least_slots[0]:
                 self.naive(llm, cap)
                 self.first_token(llm, "asynctls", cap)
 
@@ -191,6 +209,9 @@ class Arms:
             self.report.notes["left_out"].append(f"{self.shape} {note} {batch} x {context} overlap {overlap}")
             return
         began, on_host = time.perf_counter(), isinstance(llm.pool, HostPool)
+        where: dict[str, Any] = {"shape": self.shape, **note, "batch": batch, "context": context, "overlap": overlap}
+        if any(where.items() <= point.items() for point in self.report.points):
+            return  # an earlier phase's
         prompts = random_prompts(llm.spec.vocab_size, args.most, context, seed=0)[:batch]
         llm.engine.table.forget()
         remember(llm, prompts, index=not on_host)
@@ -210,8 +231,9 @@ class Arms:
             llm.device.type == "cpu" or args.eager or counts["graph_replays"] >= args.steps, "steps were not captured"
         )
         tpot_ms = 1e3 * float(np.median(times))
-        row = {"shape": self.shape, **note, "batch": batch, "context": context, "overlap": overlap}
-        row |= {"tpot_ms": tpot_ms, "tokens_per_s": 1e3 * batch / tpot_ms, "ttft_cached_s": ttft}
+        row = where | {"tpot_ms": tpot_ms, "tokens_per_s": 1e3 * batch / tpot_ms, "ttft_cached_s": ttft}
+        row["weights_gb"] = weight_bytes(self.decoder, batch) * llm.spec.dtype.itemsize / 1e9
+        row["context_gb"] = batch * context * llm.spec.kv_bytes_per_token() / 1e9
         if "asynctls_misses" in counts:
             row["turnover"] = counts["asynctls_turned"] / max(1, counts["asynctls_compared"])
             row["step_bytes"] = counts["asynctls_misses"] / args.steps * block_bytes(llm)
@@ -223,6 +245,7 @@ class Arms:
             if isinstance(overlap, float):
                 blocks = selector._config.blocks  # type: ignore[union-attr]
                 wanted = round((1 - overlap) * blocks) / blocks
+                check(wanted == 0 or row["step_bytes"] > 0, "nothing was moved")
                 check(abs(row["turnover"] - wanted) < 0.05, f"the walk is not what it should be: {row['turnover']}")
         if llm.device.type == "cuda":
             spare = 0 if on_host else llm.memory.num_pages - batch * -(-self.tokens(context) // PAGE)
@@ -251,7 +274,7 @@ class Arms:
 
             def move(batch: int = batch) -> None:
                 for layer in range(llm.spec.num_layers):
-                    for near, far in zip(stage.layer(layer), pool.layer(layer), strict=True):
+                    for near, far in zip(stored(*stage.layer(layer)), stored(*pool.layer(layer)), strict=True):
                         for chain in range(batch):
                             near[:pages].copy_(far[1 + chain * pages :][:pages], non_blocking=True)
                 if llm.device.type == "cuda":
@@ -274,7 +297,8 @@ def counts_of(llm: LLM) -> dict[str, float]:
 
 def block_bytes(llm: LLM) -> int:
     """K and V of one block and head."""
-    return 2 * llm.engine.backend.selector._config.block * llm.spec.head_dim * llm.spec.dtype.itemsize
+    block: int = llm.engine.backend.selector._config.block
+    return block * llm.spec.kv_bytes_per_token() // (llm.spec.num_layers * llm.spec.num_kv_heads)
 
 
 def fill_host(llm: LLM) -> None:
@@ -285,42 +309,9 @@ def fill_host(llm: LLM) -> None:
     start, lengths = (torch.tensor(x, dtype=torch.int32, device=llm.device) for x in ([0, length], [length]))
     near = torch.empty(pool.k.shape[1:], dtype=pool.k.dtype, device=llm.device)
     for layer in range(llm.spec.num_layers):
-        pool.v[layer].copy_(near.normal_())
-        pool.k[layer].copy_(near.normal_())
+        for part in stored(*pool.layer(layer))[::-1]:  # keys last: they are what is indexed
+            part.copy_(near.normal_())
         index.extend(layer, near, pages, start, lengths, length)
-
-
-# -- what it comes to
-
-
-def bars(report: Report, bandwidth: float) -> None:
-    """Those of issue 5, of the points so far."""
-    report.bars.clear()
-    own = [p for p in report.points if "tpot_ms" in p]
-    ours = [p for p in own if p["method"] == "asynctls"]
-    near = {(p["shape"], p["context"], p["batch"]): p["tpot_ms"] for p in own if p["method"] == "two_level"}
-    still = {(p["shape"], p["context"], p["batch"], p["cap"]): p["tpot_ms"] for p in ours if p["overlap"] == 1}
-    report.bar("kernel that loads blocks of pinned memory, GB/s", report.notes["gather_bytes_per_s"] / 1e9, 45, ">=")
-    for p in ours:
-        where = (p["shape"], p["context"], p["batch"])
-        name = f"{p['shape']} {p['batch']} x {p['context']} cap {p['cap']} overlap {p['overlap']}"
-        if where in near:
-            limit = max(near[where], 1e3 * p["step_bytes"] / bandwidth)
-            report.bar(f"TPOT / max(two_level, bytes / bandwidth), {name}", p["tpot_ms"] / limit, 1.10, "<=")
-        if p["overlap"] == 0.97 and (*where, p["cap"]) in still:
-            longer = 1 - still[*where, p["cap"]] / p["tpot_ms"]
-            report.bar(f"exposed share of a step, by its clock, {name}", p["exposed_ms"] / p["tpot_ms"], 0.05, "<=")
-            report.bar(f"exposed share of a step, against overlap 1, {name}", longer, 0.05, "<=")
-        if p["overlap"] == 0.8:
-            report.bar(f"host to device while busy, GB/s, {name}", p["busy_gb_s"], 45, ">=")
-    for p in [p for p in own if p["method"] == "full" and p["cap"] is not None]:
-        same = [x for x in ours if all(x[key] == p[key] for key in ("shape", "context", "cap"))]
-        for overlap, limit in ((0.9, 4), (0.97, 7)):
-            best = max((x for x in same if x["overlap"] == overlap), key=lambda x: x["batch"], default=None)
-            if best is not None:
-                name = f"{p['shape']} {p['context']} cap {p['cap']} overlap {overlap}"
-                ratio = best["tokens_per_s"] / p["tokens_per_s"]
-                report.bar(f"asynctls x{best['batch']} / full x{p['batch']}, {name}", ratio, limit, ">=")
 
 
 def parse() -> argparse.Namespace:
@@ -328,9 +319,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", default="qwen3-8b,qwen3-14b")
     parser.add_argument("--contexts", default="98304,65536,49152", help="of the first shape; others run the first one")
     parser.add_argument("--caps", default="16GiB,32GiB,none", help="the first one at all contexts, the others at one")
-    parser.add_argument("--overlaps", default="0.9,0.97,0.8")
+    parser.add_argument("--overlaps", default="0.97,0.9,0.8")
+    parser.add_argument("--slots", default="2,1.25", help="under the first cap, as multiples of blocks")
     parser.add_argument("--candidates", default="union")
-    parser.add_argument("--host", default="70GiB", help="host memory, pinned once for all engines")
+    parser.add_argument("--host", default="96GiB", help="host memory, pinned once for all; less if it is not there")
     parser.add_argument("--most", type=int, default=16, help="largest batch tried")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--trace", default="benchmarks/traces/blocks.npz", help="recorded sets; '' for none")
@@ -343,7 +335,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json")
     args = parser.parse_args()
     if args.smoke:
-        args.shapes, args.contexts, args.caps, args.overlaps = "tiny", "2048,1024", "2500KiB,none", "0.9,0.97"
+        args.shapes = args.shapes if args.shapes in TINY else ",".join(TINY)
+        args.contexts, args.caps, args.overlaps = "2048,1024", "2000KiB,none", "0.9,0.97"
         args.host, args.most, args.steps = "64MiB", 3, 8
     for cap in args.caps.split(","):
         if cap != "none":
@@ -353,18 +346,26 @@ def parse() -> argparse.Namespace:
 
 def phases(args: argparse.Namespace, report: Report) -> list[tuple[str, Callable[[], None]]]:
     """The most important first."""
-    first, *others = args.shapes.split(",")
-    arms = {first: Arms(args, report, first)}
-    for shape in others:
-        arms[shape] = Arms(argparse.Namespace(**vars(args) | {"ttft": False}), report, shape)
-        arms[shape].contexts = arms[shape].contexts[:1]
-        arms[shape].caps = arms[shape].caps[:1]
     found: list[tuple[str, Callable[[], None]]] = []
-    for shape, own in arms.items():
-        found += [(f"{shape} full", own.full), (f"{shape} asynctls {own.caps[0]}", partial(own.asynctls, own.caps[0]))]
-        found.append((f"{shape} two_level", own.two_level))
-    for cap in arms[first].caps[1:]:
-        found.append((f"{first} asynctls {cap}", partial(arms[first].asynctls, cap)))
+    for shape in args.shapes.split(","):
+        own = Arms(argparse.Namespace(**vars(args) | {"ttft": False, "trace": ""}), report, shape)
+        own.contexts, own.caps = own.contexts[:1], own.caps[:1]
+        cap, most = own.caps[0], 0
+        found += [(f"{shape} full", own.full), (f"{shape} two_level", own.two_level)]
+        for slots in own.least_slots:
+            if own.largest(cap, own.contexts[0], slots) > most:  # else the host has no room for more chains
+                most = own.largest(cap, own.contexts[0], slots)
+                found.append((f"{shape} asynctls {cap} slots {slots}", partial(own.asynctls, cap, slots)))
+    if not (args.ttft or args.trace or "," in args.contexts + args.caps):
+        return found
+    rest = Arms(args, report, args.shapes.split(",")[0])
+    traced = args.trace and Path(args.trace).exists()
+    if len(rest.contexts) == len(rest.caps) == 1 and not (args.ttft or traced):
+        return found
+    found += [("full, the rest", rest.full), ("two_level, the rest", rest.two_level)]
+    for cap in rest.caps:
+        slots = rest.least_slots[0] if cap == rest.caps[0] else rest.slots(cap)
+        found.append((f"asynctls {cap}, the rest", partial(rest.asynctls, cap, slots)))
     return found
 
 
@@ -372,9 +373,11 @@ def main() -> None:
     args, began = parse(), time.perf_counter()
     args.deadline = began + args.time_limit_s
     device = torch.device("cpu" if args.smoke else "cuda")
-    host = SharedHost(parse_bytes(args.host), device)
+    there = available_host_bytes() - (0 if args.smoke else SPARE_HOST)
+    args.host = str(min(parse_bytes(args.host), there))
+    host = SharedHost(int(args.host), device)
     report = Report("offload", notes={"steps": args.steps, "pin_s": host.seconds, "failed": [], "left_out": []})
-    print(f"-- pinned {args.host} in {host.seconds:.1f} s", flush=True)
+    print(f"-- pinned {args.host} bytes of {there} in {host.seconds:.1f} s", flush=True)
     while args.after and not args.after.exists():
         time.sleep(0.1)
     bandwidth = transfers(report, host, device, 16 if args.smoke else 1024)

@@ -6,7 +6,7 @@ import random
 import time
 
 import torch
-from tiny_decoder import tiny_model
+from tiny_decoder import CONFIG, tiny_model
 
 from slipstream import AsyncTLS, SamplingParams
 from slipstream.asynctls.assembly import assemble
@@ -14,15 +14,31 @@ from slipstream.asynctls.backend import OffloadBackend
 from slipstream.asynctls.offload import HostPool, Stage
 from slipstream.attention.calibration import Calibration, ModelIdentity
 from slipstream.attention.dense import DenseBackend
+from slipstream.attention.expanded import ExpandedPrompts
 from slipstream.engine.engine import Engine, EngineConfig
 from slipstream.engine.request import Request
+from slipstream.kernels.ops import stored
 from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.pool import KVPool
+from slipstream.models.weights import load_model
 from slipstream.overlap import ThreadLane
 
 SMALL = {"budget": 11, "blocks": 4, "block": 4, "channels": 8, "sink": 2, "recent": 3, "min_context": 0}
 PAGE, STAGE_PAGES = 8, 32
 CPU = torch.device("cpu")
+LATENT = CONFIG | {
+    "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"], "num_attention_heads": 5,
+    "num_key_value_heads": 5, "head_dim": 8, "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+def latent_model():
+    """(network, spec) of one cache row for five heads, whose prompts are attended in expanded form."""
+    network, spec = load_model(LATENT, device="cpu", dtype="float32", load_format="dummy", seed=3)
+    assert spec.num_kv_heads == 1 and spec.value_dim == 24
+    return network, spec
 
 
 class JitterLane(ThreadLane):
@@ -43,7 +59,7 @@ class JitterLane(ThreadLane):
 def make(
     offload,
     *,
-    model=None,
+    model=tiny_model,
     num_pages=48,
     seats=4,
     lane=None,
@@ -53,18 +69,21 @@ def make(
     online=False,
     **more,
 ):
-    network, spec = model or tiny_model()
+    network, spec = model()
     config = AsyncTLS(**{**SMALL, **more}, offload=offload)
     stage = Stage(spec, STAGE_PAGES, PAGE, seats, CPU) if offload else None
     shape = (spec.num_layers, num_pages, spec.num_kv_heads, PAGE, spec.head_dim)
-    pool = HostPool(spec, num_pages, PAGE, CPU) if offload else KVPool(*shape, spec.dtype)
+    pool = HostPool(spec, num_pages, PAGE, CPU) if offload else KVPool(*shape, spec.dtype, value_dim=spec.value_dim)
     index = KeyIndex(pool, config.index)
     sums = Calibration(ModelIdentity.of("tiny", spec, ""), CPU) if online else None
     guess = Echo() if config.candidates == "predicted" else None
+    dense, latent = DenseBackend(stage or pool, spec), network.config.latent
+    if latent is not None:
+        dense = ExpandedPrompts(dense, stage or pool, spec, latent.nope, latent.value)
+        network.set_prompt_form(dense)
     backend = assemble(
-        config, pool, spec, index, DenseBackend(stage or pool, spec), gate, seats, stage=stage, online=sums,
-        predictor=guess, lane=lane,
-    )  # fmt: skip
+        config, pool, spec, index, dense, gate, seats, stage=stage, online=sums, predictor=guess, lane=lane
+    )
     backend.prefill_pages = STAGE_PAGES  # so that both schedule alike
     settings = EngineConfig(max_num_seqs=seats, max_batch_tokens=step_tokens, overlap=overlap)
     return Engine(network, spec, pool, backend, settings)
@@ -95,7 +114,7 @@ def check(engine):
         return
     hot, pool = backend.hot, backend.pool
     for layer in range(pool.num_layers):
-        for near, far in zip(hot.layer(layer), pool.layer(layer), strict=True):
+        for near, far in zip(stored(*hot.layer(layer)), stored(*pool.layer(layer)), strict=True):
             blocks = far.unflatten(2, (residency.per_page, residency.block)).transpose(1, 2).flatten(0, 1)
             for head, keys in enumerate(residency.slots.key_of[layer]):
                 slots = (keys >= 0).nonzero().squeeze(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from engines import JitterLane, check, live, make
+from engines import JitterLane, check, latent_model, live, make
 from tiny_decoder import make_engine, params, prompts, serve, tiny_model
 
 from slipstream import SamplingParams, TwoLevel
@@ -17,9 +17,10 @@ from slipstream.engine.request import Request
 MODES = ("previous", "union", "predicted", "current")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+@pytest.fixture(params=(tiny_model, latent_model), ids=("heads", "latent"))
+def model(request):
+    """Makes a model: each engine has its own."""
+    return request.param
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -30,7 +31,7 @@ def test_offload_changes_no_token(model, mode, guard):
     near, far = live(twins, 14, seed=MODES.index(mode))
     assert near == far
     stats = twins[1].backend.stats()
-    assert isinstance(twins[1].backend, OffloadBackend) and stats["asynctls_misses"] > 300
+    assert isinstance(twins[1].backend, OffloadBackend)
     assert stats["asynctls_bytes_in"] > 0 and stats["asynctls_bytes_out"] > 0
     residency = twins[1].backend.residency
     assert stats["asynctls_misses"] > residency.slots.key_of.numel(), "nothing ever had to give way"
@@ -51,15 +52,17 @@ def test_current_without_offload_is_two_level(model):
     assert (results := live([one, other, far], 8, seed=9))[0] == results[1] == results[2]
 
 
-@pytest.mark.parametrize("options", ({"transfer": "pooled"}, {}, {"block": 8}, {"aggregate": "sum"}))
+@pytest.mark.parametrize("options", ({"transfer": "pooled"}, {}, {"block": 8}, {"aggregate": "sum"}, {"slots": 1.25}))
 def test_however_it_moves(model, options):
-    """Without options: by a lane that is late."""
-    lane = None if options else JitterLane(3)
-    plain = {name: value for name, value in options.items() if name in ("block", "aggregate")}
-    twins = [make(False, model=model, **plain), make(True, model=model, lane=lane, **options)]
+    """Without options: by two lanes, each late for itself."""
+    plain = {name: value for name, value in options.items() if name != "transfer"}
+    lanes = () if options else (JitterLane(3), JitterLane(5))
+    twins = [make(False, model=model, **plain), make(True, model=model, lane=lanes[0] if lanes else None, **options)]
+    if lanes:
+        twins[1].backend._claims = lanes[1]
     near, far = live(twins, 10, seed=4)
     assert near == far
-    if lane is not None:
+    for lane in lanes:
         lane.close()
 
 
@@ -77,7 +80,7 @@ def test_a_budget_of_the_context_is_full_attention(model):
     def requests():
         return [Request(ids, params(i)) for i, ids in enumerate(prompts(6))]
 
-    expected = serve(make_engine(model, num_pages=64), *requests())
+    expected = serve(make_engine(model(), num_pages=64), *requests())
     wide = {"budget": 120, "blocks": 30, "num_pages": 64}
     for gate in (0, 40):
         engine = make(True, model=model, gate=gate, **wide)

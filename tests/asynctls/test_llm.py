@@ -17,8 +17,17 @@ MODEL = {
     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "max_position_embeddings": 2048, "initializer_range": 0.3, "eos_token_id": 63,
 }  # fmt: skip
+LATENT = MODEL | {
+    "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"], "num_attention_heads": 5,
+    "num_key_value_heads": 5, "head_dim": 8, "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+WIDE = LATENT | {"num_attention_heads": 20, "num_key_value_heads": 20, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+CONFIGS = {"heads": MODEL, "latent": LATENT, "wide": WIDE | {"head_dim": 64, "initializer_range": 0.1}}
+MODELS = ("heads", "latent")
 SMALL = {"budget": 24, "blocks": 5, "block": 8, "channels": 8, "sink": 2, "recent": 3, "min_context": 0}
-OFFLOAD = {"offload": True, "gpu_kv": "8MiB", "host_kv": "16MiB"}
+OFFLOAD = {"offload": True, "gpu_kv": "40MiB", "host_kv": "40MiB"}
 PROMPTS = [[(11 * i + b) % 60 for i in range(length)] for b, length in enumerate((700, 31, 64, 5))]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
 
@@ -29,22 +38,23 @@ def answers(llm):
     return [(tokens, [entry[token].logprob for token, entry in pair]) for tokens, pair in pairs]
 
 
-def load(device="cpu", graphs=True, **attention):
+def load(device="cpu", graphs=True, model="heads", **attention):
     return LLM(
-        MODEL, load_format="dummy", device=device, page_size=16, max_num_seqs=4, max_batch_tokens=100,
+        CONFIGS[model], load_format="dummy", device=device, page_size=16, max_num_seqs=4, max_batch_tokens=100,
         cuda_graphs=graphs, kv_memory=None if attention.get("offload") else "8MiB",
         attention=AsyncTLS(**SMALL, **attention),
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("candidates", ("predicted", "previous"))
-def test_offload_by_its_options(candidates, tmp_path):
+def test_offload_by_its_options(candidates, model, tmp_path):
     """The long prompt is prefilled chunk by chunk: the device has a stage of one layer, and slots of 10 blocks."""
-    near = load(candidates=candidates)
-    far = load(candidates=candidates, **OFFLOAD, host_file=str(tmp_path))
+    near = load(candidates=candidates, model=model)
+    far = load(candidates=candidates, model=model, **OFFLOAD, host_file=str(tmp_path))
     assert answers(near) == answers(far)
     backend = far.engine.backend
-    held = backend.hot.bytes + 2 * backend.stage.k._buffers.numel() * 4
+    held = backend.hot.bytes + (2 if model == "heads" else 1) * backend.stage.k._buffers.numel() * 4
     assert held < far.pool.bytes / 2 and far.memory.bytes >= held
     stats = far.stats()
     assert stats["asynctls_bytes_in"] > 0 and stats["asynctls_transfer_s"] > 0 and stats["sparse_steps"] > 20
@@ -53,14 +63,15 @@ def test_offload_by_its_options(candidates, tmp_path):
     near.close()
 
 
-def test_preempted_chains_find_their_pages_on_the_host():
-    llm = load(**OFFLOAD)
+@pytest.mark.parametrize("model", MODELS)
+def test_preempted_chains_find_their_pages_on_the_host(model):
+    llm = load(**OFFLOAD, model=model)
     engine, preempt = llm.engine, llm.engine.scheduler.preempt
     step, count = engine.step, []
 
     def interrupted():
         count.append(1)
-        if len(count) % 15 == 0 and engine.scheduler.running:
+        if len(count) in (15, 30) and engine.scheduler.running:
             preempt(engine.scheduler.running[0])
         return step()
 
@@ -86,10 +97,13 @@ def test_bench_offload(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("candidates", ("previous", "predicted", "union", "current"))
-def test_offload_changes_nothing_on_a_gpu(candidates):
-    """Captured steps, copies on a stream of their own, KV in pinned memory."""
-    near, far = load("cuda", candidates=candidates), load("cuda", candidates=candidates, **OFFLOAD)
+@pytest.mark.parametrize(
+    "model, candidates",
+    [*((m, c) for m in MODELS for c in ("previous", "predicted", "union", "current")), ("wide", "union")],
+)
+def test_offload_changes_nothing_on_a_gpu(model, candidates):
+    """Captured steps, copies on a stream of their own, KV in pinned memory. wide: the rows of GLM-4.7-Flash."""
+    near, far = (load("cuda", candidates=candidates, model=model, **more) for more in ({}, OFFLOAD))
     began = time.perf_counter()
     assert answers(far) == answers(near)
     torch.cuda.synchronize()
@@ -100,16 +114,18 @@ def test_offload_changes_nothing_on_a_gpu(candidates):
 
 
 @pytest.mark.gpu
-def test_pooled_copies_change_nothing_on_a_gpu():
+@pytest.mark.parametrize("model", MODELS)
+def test_pooled_copies_change_nothing_on_a_gpu(model):
     """Eager both: a captured step runs padding rows, and products of another height may end in another bit."""
-    twins = [load("cuda", graphs=False, **OFFLOAD, transfer=transfer) for transfer in ("gather", "pooled")]
+    twins = [load("cuda", False, model, **OFFLOAD, transfer=transfer) for transfer in ("gather", "pooled")]
     assert answers(twins[0]) == answers(twins[1])
 
 
 @pytest.mark.gpu
-def test_no_step_synchronises():
+@pytest.mark.parametrize("model", MODELS)
+def test_no_step_synchronises(model):
     """Golden equality 7: prompts, mixed steps and captured decodes are launched without waiting for the device."""
-    llm = load("cuda", **OFFLOAD)
+    llm = load("cuda", **OFFLOAD, model=model)
     answers(llm)  # everything is compiled, captured and calibrated
     engine = llm.engine
     ticket = type(engine.runner._back.submit(dict))

@@ -34,7 +34,8 @@ def tiny_model():
 
 
 def make_pool(spec, num_pages=64):
-    return KVPool(spec.num_layers, num_pages, spec.num_kv_heads, 8, spec.head_dim, spec.dtype)
+    shape = (spec.num_layers, num_pages, spec.num_kv_heads, 8, spec.head_dim)
+    return KVPool(*shape, spec.dtype, value_dim=spec.value_dim)
 
 
 def make_engine(model, num_pages=64, wrap=lambda pool, spec, dense: dense, **config):

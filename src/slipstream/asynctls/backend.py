@@ -17,7 +17,7 @@ from slipstream.attention.backend import AttentionBackend, KVView, move_tokens, 
 from slipstream.attention.sparse import DENSE, MIXED, SPARSE, SparseBackend, decode_part
 from slipstream.kernels import ops, residency, sparse
 from slipstream.kvcache.table import NULL_PAGE
-from slipstream.overlap import Lane, ThreadLane, Ticket
+from slipstream.overlap import Lane, StreamLane, ThreadLane, Ticket
 from slipstream.types import Batch
 
 
@@ -116,6 +116,8 @@ class OffloadBackend(AsyncTLSBackend):
         assert self.gate <= self.residency.sets.shape[3] * self.residency.block, "what is dense must fit in slots"
         self.dense, self.selector.mover = StagedPrompts(self.dense, stage), self
         self.hot, self.stage, self._lane, self.prefill_pages = hot, stage, lane, stage.num_pages
+        # A device gives slots away beside the choice of tokens, and the lane is kept busy by nothing but copies.
+        self._claims = StreamLane(self.pool.device, priority=-1) if isinstance(lane, StreamLane) else lane
         self._load = load_pooled if transfer == "pooled" else residency.load_blocks
         self._tickets: list[Ticket[Any]] = []
         self._held: list[Any] = []  # what the lane still reads: no allocator may give it away
@@ -173,29 +175,32 @@ class OffloadBackend(AsyncTLSBackend):
 
     def _recover(self) -> None:
         """A step died, and with it its requests. What it was to load may not be there: the others load theirs anew."""
-        self._lane.submit(_nothing).wait()
+        for lane in (self._claims, self._lane):
+            lane.submit(_nothing).wait()
         self._tickets, self._buffers, self._is_whole = [], [None, None], True
         self._held.clear()
         self.residency.clear()
 
-    def _submit(self, work: Callable[..., None], *args: Any) -> Ticket[None]:
+    def _submit(self, work: Callable[..., Any], *args: Any, lane: Lane | None = None) -> Ticket[Any]:
         began = time.perf_counter()
-        ticket = self._lane.submit(self._timed, work, *args)
+        ticket = (lane or self._lane).submit(self._timed, work, *args)
         self._times[1] += time.perf_counter() - began  # all of it on the inline lane, nothing on another
         self._tickets.append(ticket)
         self._held.append(args)
         return ticket
 
     @torch.inference_mode()
-    def _timed(self, work: Callable[..., None], *args: Any) -> None:
+    def _timed(self, work: Callable[..., Any], *args: Any) -> Any:
         began = time.perf_counter()
-        work(*args)
+        result = work(*args)
         self._times[0] += time.perf_counter() - began
+        return result
 
-    def _wait(self, ticket: Ticket[None]) -> None:
+    def _wait(self, ticket: Ticket[Any]) -> Any:
         began = time.perf_counter()
-        ticket.wait()
+        result = ticket.wait()
         self._times[1] += time.perf_counter() - began
+        return result
 
     # -- once per layer
 
@@ -282,7 +287,7 @@ class OffloadBackend(AsyncTLSBackend):
             )  # fmt: skip
 
     def _attend_hot(self, layer: int, q: Tensor) -> Tensor:
-        """The decode rows, over tails and slots. q: [B, Hq, D] -> [B, Hq, D]."""
+        """The decode rows, over tails and slots. q: [B, Hq, D] -> [B, Hq, Dv]."""
         batch, scale, num_kv = self._decodes, self.spec.scale, self.spec.num_kv_heads
         assert batch is not None
         if self._indexes:  # nothing is indexed where no page is full, unless every step indexes
@@ -290,41 +295,40 @@ class OffloadBackend(AsyncTLSBackend):
         # Every KV head of a request is a request of its own: its blocks are elsewhere than those of the others.
         k, v = (store.unsqueeze(1) for store in self.hot.layer(layer))
         heads = q.view(len(q) * num_kv, -1, q.shape[-1])
-        out = torch.empty_like(q)
+        out = q.new_empty((*q.shape[:2], v.shape[-1]))
         if self._form != SPARSE:
             lengths = self._lengths[-1]
             self.fetch(layer, self.residency.find_all(layer, batch, lengths))
-            rows = self.residency.rows(layer, batch, lengths, self.hot.first)
-            out = ops.decode_attention(heads, k, v, rows, lengths.repeat_interleave(num_kv), scale).view_as(q)
+            rows = self._wait(self._find_rows(layer, lengths))
+            out = ops.decode_attention(heads, k, v, rows, lengths.repeat_interleave(num_kv), scale).view_as(out)
         if self._form != DENSE:
             indices, counts, _ = self.selector.select(layer, q)
             sparse.sparse_attention(
-                heads, k, v, self._rows, indices.flatten(0, 1).unsqueeze(1), counts.view(-1, 1), scale,
-                out.view_as(heads),
+                heads, k, v, self._wait(self._rows), indices.flatten(0, 1).unsqueeze(1), counts.view(-1, 1), scale,
+                out.view(*heads.shape[:2], -1),
             )  # fmt: skip
         return out
 
     # -- the mover
 
     def fetch(self, layer: int, keys: Tensor) -> None:
-        began = time.perf_counter()
-        self._load_claimed(layer, keys, True)
-        elapsed = time.perf_counter() - began
-        self._times[0] += elapsed
-        self._times[1] += elapsed
+        claimed = self._submit(self.residency.claim, layer, keys, True, lane=self._claims)
+        self._submit(lambda: self._load_claimed(layer, claimed.wait(), True), lane=self._claims)
+
+    def _find_rows(self, layer: int, lengths: Tensor) -> Ticket[Tensor]:
+        """Who has waited for this finds what was fetched, too."""
+        return self._submit(self.residency.rows, layer, self._decodes, lengths, self.hot.first, lane=self._claims)
 
     def prefetch(self, layer: int, keys: Tensor) -> None:
-        assert self._decodes is not None
-        # Before the lane gives slots away: those that it takes are none that this step attends.
-        self._rows = self.residency.rows(layer, self._decodes, self._lengths[0], self.hot.first)
-        self._submit(self._load_claimed, layer, keys, False)
+        # Before slots are given away: those that are taken are none that this step attends.
+        self._rows = self._find_rows(layer, self._lengths[0])
+        claimed = self._submit(self.residency.claim, layer, keys, False, lane=self._claims)
+        self._submit(lambda: self._load_claimed(layer, claimed.wait(), False))
 
-    def _load_claimed(self, layer: int, keys: Tensor, urgent: bool) -> None:
-        clock = self.residency.clocks[urgent]
-        loads, counts = self.residency.claim(layer, keys, urgent, clock)
+    def _load_claimed(self, layer: int, claimed: tuple[Tensor, Tensor], urgent: bool) -> None:
         self._load(
-            self.pool.layer(layer), loads, counts, self.hot.layer(layer), self.residency.num_slots, self.hot.first,
-            clock,
+            self.pool.layer(layer), *claimed, self.hot.layer(layer), self.residency.num_slots, self.hot.first,
+            self.residency.clocks[urgent],
         )  # fmt: skip
 
     # -- calibration
@@ -347,7 +351,7 @@ class OffloadBackend(AsyncTLSBackend):
     def stats(self) -> dict[str, float]:
         """Bytes of K and V in both directions; seconds of transfers, and of steps that waited for them."""
         found = super().stats()
-        page_bytes = 2 * self.pool.k[0, 0].numel() * self.pool.k.element_size()
+        page_bytes = self.pool.bytes // (self.pool.num_layers * self.pool.num_pages)
         block_bytes = page_bytes // (self.spec.num_kv_heads * self.residency.per_page)
         found["asynctls_bytes_in"] = found["asynctls_misses"] * block_bytes + self._pages_moved[0] * page_bytes
         found["asynctls_bytes_out"] = self._pages_moved[1] * page_bytes

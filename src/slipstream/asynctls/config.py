@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from slipstream.kernels.residency import MOST_SLOTS
 from slipstream.kvcache.plan import available_host_bytes, parse_bytes
@@ -14,6 +15,7 @@ CANDIDATES = ("previous", "predicted", "union", "current")
 PREDICTORS = ("ridge", "analog", "last", "mean", "ema")
 TRANSFERS = ("gather", "pooled")
 LANES = ("auto", "inline", "thread", "stream")
+_LEAST_SLOTS = 1.25
 _HOST_SHARE = 0.5  # of the available host memory, where nobody says how much
 
 
@@ -33,7 +35,7 @@ class AsyncTLS(TwoLevel):
     gpu_kv: int | str | None = option(None, "device memory for all that, bytes or '16GiB'; default: kv_memory")
     host_kv: int | str | None = option(None, "host memory for KV, bytes or '64GiB'; default: half of what is free")
     host_file: str | None = option(None, "directory of a file that is the host memory instead, on a CPU")
-    slots: float = option(2.0, "blocks on the device for each chain, as a multiple of blocks; at least 2")
+    slots: float = option(2.0, "blocks on the device for each chain, as a multiple of blocks; at least 1.25")
     predictor: str = option("analog", "for candidates 'predicted': 'ridge', 'analog', 'last', 'mean' or 'ema'")
     window: int = option(64, "latest queries that a prediction sees, per layer and head")
     drift: float | None = option(None, "share of a head's blocks that may change in a step before it waits for them")
@@ -49,10 +51,10 @@ class AsyncTLS(TwoLevel):
         one_of("predictor", self.predictor, PREDICTORS)
         one_of("transfer", self.transfer, TRANSFERS)
         one_of("lane", self.lane, LANES)
-        if self.slots < 2:
+        if self.slots < _LEAST_SLOTS:
             raise ValueError(
-                f"slots = {self.slots}: a step may want the blocks of the step before and as many new ones, so at "
-                "least 2 x blocks must fit on the device"
+                f"slots = {self.slots}: blocks for the next step come in while this one's are attended, so at least "
+                f"{_LEAST_SLOTS} x blocks must fit on the device"
             )
         for name in ("drift", "margin"):
             value = getattr(self, name)
@@ -71,19 +73,14 @@ class AsyncTLS(TwoLevel):
 
     def num_slots(self, num_seats: int) -> int:
         """Slots of one layer and KV head."""
-        return int(self.slots * self.blocks) * num_seats
-
-    def check_model(self, spec: ModelSpec) -> None:
-        super().check_model(spec)
-        if self.offload and spec.value_dim is not None:
-            raise ValueError("offload knows keys and values of heads (GQA), no latent cache (MLA): set offload=False")
+        return ceil(self.slots * self.blocks) * num_seats
 
     def check_seats(self, num_seats: int) -> None:
         """``ValueError`` for more chains than the kernels that choose slots can see at once."""
-        most = MOST_SLOTS // int(self.slots * self.blocks)
+        most = MOST_SLOTS // ceil(self.slots * self.blocks)
         if num_seats > most:
             raise ValueError(
-                f"{num_seats} chains of {int(self.slots * self.blocks)} slots are more than {MOST_SLOTS}: set "
+                f"{num_seats} chains of {ceil(self.slots * self.blocks)} slots are more than {MOST_SLOTS}: set "
                 f"max_num_seqs to at most {most}, or lower blocks"
             )
 

@@ -74,12 +74,13 @@ class HostPool(KVPool):
         self.num_layers, self.num_pages, self.page_size = spec.num_layers, num_pages, page_size
         self._memory: list[HostMemory] = []
         try:
-            for _ in range(2):
+            for _ in range(2 if spec.value_dim is None else 1):
                 self._memory.append(HostMemory(size, device, folder))
         except ValueError:
             self.close()
             raise
-        self.k, self.v = (memory.bytes.view(spec.dtype).view(shape) for memory in self._memory)
+        self.k, *values = (memory.bytes.view(spec.dtype).view(shape) for memory in self._memory)
+        self.v = values[0] if values else self.k[..., : spec.value_dim]
         self._stores = []
 
     def layer(self, layer: int) -> Store:
@@ -92,16 +93,31 @@ class HostPool(KVPool):
         source, target = to_device([[a for a, _ in pairs], [b for _, b in pairs]], self.device)
         for store in self._stores:
             ops.copy_pages(store, source, target)
-        between = torch.empty((2, len(pairs), *self.k.shape[2:]), dtype=self.k.dtype, device=self.device)
+        between = empty_like(self.layer(0), len(pairs), self.device)
         places = torch.arange(len(pairs), device=self.device)
         for layer in range(self.num_layers):
-            residency.copy_between(self.layer(layer), (between[0], between[1]), source, places)
-            residency.copy_between((between[0], between[1]), self.layer(layer), places, target)
+            residency.copy_between(self.layer(layer), between, source, places)
+            residency.copy_between(between, self.layer(layer), places, target)
 
     def close(self) -> None:
         """Unpin the host memory. Nothing on the device may still use it."""
         for memory in self._memory:
             memory.close()
+
+
+def empty_like(store: Store, num: int, device: torch.device, pinned: bool = False) -> Store:
+    """Room for ``num`` pages or blocks of such a store: where its values are columns of its keys, they are here too."""
+    k, v = store
+    parts = [
+        torch.empty((num, *x.shape[1:]), dtype=x.dtype, device=device, pin_memory=pinned) for x in ops.stored(k, v)
+    ]
+    return parts[0], parts[1] if len(parts) > 1 else parts[0][..., : v.shape[-1]]
+
+
+def zeros(shape: tuple[int, ...], spec: ModelSpec, device: torch.device) -> Store:
+    """Keys, and values beside them; in a latent cache those are the keys' first columns. shape: [..., D]."""
+    k = torch.zeros(shape, dtype=spec.dtype, device=device)
+    return k, torch.zeros_like(k) if spec.value_dim is None else k[..., : spec.value_dim]
 
 
 class HotBuffer:
@@ -115,14 +131,13 @@ class HotBuffer:
         self, spec: ModelSpec, page_size: int, block: int, num_slots: int, num_seats: int, device: torch.device
     ) -> None:
         self.first = (num_seats + 1) * spec.num_kv_heads * (page_size // block)
-        self._tails = (num_seats + 1, spec.num_kv_heads, page_size, spec.head_dim)
+        self._tails = (num_seats + 1, spec.num_kv_heads, page_size)
         shape = (spec.num_layers, self.first + spec.num_kv_heads * num_slots, block, spec.head_dim)
-        self.k = torch.zeros(shape, dtype=spec.dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.k, self.v = zeros(shape, spec, device)
 
     @property
     def bytes(self) -> int:
-        return 2 * self.k.numel() * self.k.element_size()
+        return sum(x.numel() * x.element_size() for x in ops.stored(self.k, self.v))
 
     def layer(self, layer: int) -> Store:
         """[X, block, D] each."""
@@ -131,7 +146,7 @@ class HotBuffer:
     def tails(self, layer: int) -> Store:
         """[seats, Hk, S, D] each."""
         k, v = self.layer(layer)
-        return k[: self.first].view(self._tails), v[: self.first].view(self._tails)
+        return k[: self.first].view(*self._tails, -1), v[: self.first].view(*self._tails, -1)
 
 
 class _Alternating:
@@ -153,8 +168,7 @@ class Stage:
     def __init__(self, spec: ModelSpec, num_pages: int, page_size: int, num_seats: int, device: torch.device) -> None:
         self.num_pages, self.page_size, self.device = num_pages, page_size, device
         shape = (2, num_pages + -(-num_seats // page_size), spec.num_kv_heads, page_size, spec.head_dim)
-        self.k = _Alternating(torch.zeros(shape, dtype=spec.dtype, device=device))
-        self.v = _Alternating(torch.zeros(shape, dtype=spec.dtype, device=device))
+        self.k, self.v = (_Alternating(buffers) for buffers in zeros(shape, spec, device))
 
     def layer(self, layer: int) -> Store:
         return self.k[layer], self.v[layer]
@@ -183,9 +197,7 @@ def load_pooled(
     num = int(host_counts.sum())
     if not num:
         return
-    block, dim = store[0].shape[1:]
-    pinned = loads.is_cuda
-    pool = torch.empty((2, num, block, dim), dtype=store[0].dtype, pin_memory=pinned)
+    pool = empty_like(store, num, pages[0].device, loads.is_cuda)
     places = torch.zeros((len(counts), loads.shape[1], 2), dtype=torch.int32)
     at, rows = 0, []
     for head, count in enumerate(host_counts.tolist()):
@@ -193,11 +205,10 @@ def load_pooled(
         places[head, :count] = torch.stack((host_loads[head, :count, 0], slots), dim=1)
         rows.append(first + head * num_slots + host_loads[head, :count, 1].long())
         at += count
-    residency.load_blocks(pages, places, host_counts, (pool[0], pool[1]), 0, 0)
-    near = pool.to(loads.device, non_blocking=True)
+    residency.load_blocks(pages, places, host_counts, pool, 0, 0)
     row = torch.cat(rows).to(loads.device)
-    for part, target in zip(near, store, strict=True):
-        target.index_copy_(0, row, part)
+    for part, target in zip(ops.stored(*pool), ops.stored(*store), strict=True):
+        target.index_copy_(0, row, part.to(loads.device, non_blocking=True))
 
 
 def to_device(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:

@@ -22,7 +22,10 @@ _CLAIMS = ("prefetched", "urgent")
 
 
 class Residency:
-    """State and steps. num_slots: of each layer and head, at least twice ``most`` blocks for each of ``num_seats``.
+    """State and steps. num_slots: of each layer and head, more than ``most`` blocks for each of ``num_seats``.
+
+    What is above ``most`` may be blocks of a union, or of the next step. Where it is not enough, blocks of the next
+    step are not brought in ahead, and it waits for them.
 
     sets: [L, M + 1, Hk, most] int32, what each seat's next step was expected to want; made_for: [L, M + 1, Hk] int32,
     the length that this was said for, 0 for none. tick: [1] int32, counts steps.
@@ -40,8 +43,9 @@ class Residency:
         num_seats: int,
         device: torch.device,
     ) -> None:
-        assert page_size % block == 0 and num_slots >= 2 * most * num_seats
+        assert page_size % block == 0 and num_slots > most * num_seats
         self.block, self.per_page, self.num_slots = block, page_size // block, num_slots
+        self._extra = num_slots // num_seats - most
         heads = (spec.num_layers, spec.num_kv_heads)
 
         def full(value: int, *shape: int) -> Tensor:
@@ -112,7 +116,7 @@ class Residency:
         return kernels.find_blocks(
             blocks, nexts, batch.page_table, batch.seats, lengths, self._layer(layer), self.sets[layer],
             self.made_for[layer], self.tick, self.counters, self.per_page, self.block, mode,
-            NEVER if drift is None else drift, scores, NEVER if margin is None else margin,
+            NEVER if drift is None else drift, scores, NEVER if margin is None else margin, self._extra,
         )  # fmt: skip
 
     def find_all(self, layer: int, batch: Batch, lengths: Tensor) -> Tensor:
@@ -127,10 +131,10 @@ class Residency:
         )  # fmt: skip
         return urgent
 
-    def claim(self, layer: int, keys: Tensor, urgent: bool, clock: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Slots for all of ``keys`` [B, Hk, M]: (loads [Hk, n, 2] of key and slot, counts [Hk])."""
+    def claim(self, layer: int, keys: Tensor, urgent: bool) -> tuple[Tensor, Tensor]:
+        """Slots for ``keys`` [B, Hk, M]: (loads [Hk, n, 2] of key and slot, counts [Hk]). Urgent ones all get one."""
         counter = self._claims[int(urgent) : int(urgent) + 1]
-        return kernels.claim_slots(keys, self._layer(layer), self.tick, counter, clock)
+        return kernels.claim_slots(keys, self._layer(layer), self.tick, counter)
 
     def rows(self, layer: int, batch: Batch, lengths: Tensor, first: int) -> Tensor:
         """Rows [B * Hk, N] of a store whose slots begin at row ``first``: see :func:`kernels.block_rows`."""
@@ -174,7 +178,7 @@ class Residency:
     def seconds(self) -> tuple[float, float]:
         """On a GPU, of decode steps: in which blocks were loaded, and in which a step waited for them or for its lane.
 
-        What the last layer loads is counted in the next step. To join a lane that is ready takes some microseconds.
+        To join a lane that is ready takes some microseconds.
         """
         *_, ahead, _, _, urgent, joined = self._numbers_host.tolist()
         return 1e-9 * (ahead + urgent), 1e-9 * (joined + urgent)

@@ -16,6 +16,7 @@ from slipstream.kernels.dispatch import op
 token_logprobs = reference.token_logprobs
 copy_pages = reference.copy_pages
 shares_rows = reference.shares_rows
+stored = reference.stored
 rms_norm = op(reference.rms_norm, "triton_norm")
 add_rms_norm = op(reference.add_rms_norm, "triton_norm")
 silu_mul = op(reference.silu_mul, "triton_norm")

@@ -100,6 +100,11 @@ def shares_rows(k: Tensor, v: Tensor) -> bool:
     return k.shape[-1] != v.shape[-1]
 
 
+def stored(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """What there is memory for: keys and values, or in a latent cache its rows alone."""
+    return (k,) if shares_rows(k, v) else (k, v)
+
+
 def _gather_rows(page_table: Tensor, num_kv: int) -> Tensor:
     """page_table: [B, N] -> [B, Hk, N] int64 rows of ``pages.view(P * Hk, S * D)``: one copy gives [Hk, tokens, D]."""
     heads = torch.arange(num_kv, device=page_table.device)
@@ -145,9 +150,9 @@ def _decode_group(
     """:func:`decode_attention` of requests whose tokens fill all columns of the page table but the last."""
     num_requests, (num_kv, page_size, dim) = q.shape[0], k_pages.shape[1:]
     rows = _gather_rows(page_table, num_kv).reshape(-1)
-    stores = (k_pages,) if shares_rows(k_pages, v_pages) else (k_pages, v_pages)
     held = [
-        pages.view(-1, page_size * dim).index_select(0, rows).view(num_requests, num_kv, -1, dim) for pages in stores
+        pages.view(-1, page_size * dim).index_select(0, rows).view(num_requests, num_kv, -1, dim)
+        for pages in stored(k_pages, v_pages)
     ]
     k, v = held[0], held[-1][..., : v_pages.shape[3]]
     seen = torch.arange(k.shape[2], device=q.device) < lengths.unsqueeze(1)

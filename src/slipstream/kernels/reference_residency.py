@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slipstream.kernels.reference import stored
+
 LAST = torch.iinfo(torch.int32).max  # sorts behind every block
 MOST_SLOTS = 1 << 15
 """Slots of one layer and head, and keys that are claimed at once: what one program of a device can hold."""
-CLOCK = 3  # numbers of a clock: when the last claim began, when its loads were over, nanoseconds of all before
+CLOCK = 3  # numbers of a clock: when a load began, how many programs of it are over, nanoseconds of all before
 COUNTERS = ("wanted", "compared", "turned", "first", "drifted", "lost")
 
 
@@ -65,6 +67,7 @@ def find_blocks(
     drift: float,
     scores: Tensor | None = None,
     margin: float = 1.0,
+    extra: int = LAST,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Level 2's candidates, the keys that must be in slots now, and those that the next step will want.
 
@@ -76,12 +79,12 @@ def find_blocks(
     of its set is in no slot any more, when more than ``drift`` of ``blocks`` are not in its set, or when, by ``scores``
     [B, Hk, N] fp32 of all blocks, one of ``blocks`` that would be no candidate stands more than ``margin`` of the way
     from the worst of them to the best (in full pages). Then its candidates are ``blocks``. Else: "previous": its set
-    and the newest block; "union": its set and what of ``blocks`` is resident.
+    and the newest block; "union": its set and what of ``blocks`` is resident, in full pages the newest ``extra`` of it.
     Slots of candidates are wanted at this tick. counters: [6] int64, see :data:`COUNTERS`; seat 0 does not count.
 
-    Returns candidates [B, Hk, M'] int32, ascending, then -1, where M' is M + 1 for "previous", 2 M for "union", M for
-    "current"; urgent [B, Hk, M] int32: keys of candidates of synchronous rows; later [B, Hk, M] int32: keys of
-    ``nexts``, those of a tail that this step has filled among them. -1 stands for no key.
+    Returns candidates [B, Hk, M'] int32, ascending, then -1, where M' is M + 1 for "previous", M + min(M, extra +
+    per_page) for "union", M for "current"; urgent [B, Hk, M] int32: keys of candidates of synchronous rows; later [B,
+    Hk, M] int32: keys of ``nexts``, those of a tail that this step has filled among them. -1 stands for no key.
     """
     width, length = blocks.shape[2], lengths.view(-1, 1, 1)
     live, page_size = length > 0, per_page * block_size
@@ -95,23 +98,22 @@ def find_blocks(
     turned, num = fresh.sum(-1), present.sum(-1)
     keys = _keys(blocks, page_table, tail, per_page)
     drifted = turned.float() > drift * num.float()
+    more = fresh & (blocks < tail) & (_slots_of(keys, slots.slot_of) >= 0)
+    more &= more.flip(2).cumsum(2).flip(2) <= extra
     if scores is not None:
         missing = fresh & (blocks < tail)
         if mode == "union":
-            missing &= _slots_of(keys, slots.slot_of) < 0
+            missing &= ~more
         drifted |= _stands_out(scores, blocks, present & (blocks < tail), missing, margin)
     drifted &= valid
     sync = live[..., 0] & (~valid | drifted | (mode == "current"))
     urgent = keys.masked_fill(~sync.unsqueeze(2), -1)
-    if mode == "union":
-        more = blocks.masked_fill((blocks < tail) & (_slots_of(keys, slots.slot_of) < 0), -1)
-    else:
-        more = ((length - 1) // block_size).int().expand(-1, blocks.shape[1], 1)
-    candidates = blocks
+    candidates, room = blocks, min(width, extra + per_page) if mode == "union" else 1
     if mode != "current":
-        extra = more.shape[2]
-        own = torch.nn.functional.pad(blocks, (0, extra), value=-1)
-        candidates = torch.where(sync.unsqueeze(2), own, _merged(known, more))
+        newest = ((length - 1) // block_size).int().expand(-1, blocks.shape[1], 1)
+        added = blocks.masked_fill(~(more | (blocks >= tail)), -1) if mode == "union" else newest
+        own = torch.nn.functional.pad(blocks, (0, room), value=-1)
+        candidates = torch.where(sync.unsqueeze(2), own, _merged(known, added)[..., : width + room])
     candidates = candidates.masked_fill(~live, -1)
     wanted = _slots_of(_keys(candidates, page_table, tail, per_page), slots.slot_of)
     head = torch.arange(blocks.shape[1], device=blocks.device).view(1, -1, 1).expand_as(wanted)
@@ -144,16 +146,13 @@ def _merged(first: Tensor, second: Tensor) -> Tensor:
     return both.masked_fill(both == LAST, -1)
 
 
-def claim_slots(
-    keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor, clock: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def claim_slots(keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
     """Give every key a slot: hits stay, misses take the slots that were wanted longest ago, the lowest on ties.
 
     keys: [B, Hk, M] int32, -1 for none; one key may stand more than once. Slots that are wanted at this tick, all hits
-    among them, are no victims: there must be others enough. Returns loads [Hk, B * M, 2] int32: (key, slot) of each
-    miss, in the order of its first place in ``keys`` and of ascending slots; and counts [Hk] int32 of them, which are
-    added to ``counter`` [1] int64, too. clock: [CLOCK] int64, on a device only: the time from here to the end of
-    :func:`load_blocks`, where there is something to load.
+    among them, are no victims: where others are too few, the last of the misses go without. Returns loads [Hk, B * M,
+    2] int32: (key, slot) of each miss, in the order of its first place in ``keys`` and of ascending slots; and counts
+    [Hk] int32 of them, which are added to ``counter`` [1] int64, too.
     """
     num_kv, now = keys.shape[1], int(tick)
     loads = torch.full((num_kv, keys.shape[0] * keys.shape[2], 2), -1, dtype=torch.int32, device=keys.device)
@@ -164,10 +163,11 @@ def claim_slots(
     absent = keys.masked_fill(held >= 0, -1)
     for head in (absent >= 0).any(2).any(0).nonzero().squeeze(1).tolist():
         given = dict.fromkeys(absent[:, head].flatten().tolist())
-        missing = torch.tensor([key for key in given if key >= 0], dtype=torch.int64, device=keys.device)
-        slot_of, key_of, used, num = slots.slot_of[head], slots.key_of[head], slots.used[head], len(missing)
+        slot_of, key_of, used = slots.slot_of[head], slots.key_of[head], slots.used[head]
         order = used.sort(stable=True)
-        assert int(order.values[num - 1]) < now, "the hot buffer is smaller than what one step wants"
+        missing = torch.tensor([key for key in given if key >= 0], dtype=torch.int64, device=keys.device)
+        missing = missing[: int((used < now).sum())]
+        num = len(missing)
         victims = order.indices[:num].sort().values
         old = key_of[victims]
         slot_of[old[old >= 0].long()] = -1
@@ -230,7 +230,7 @@ def load_blocks(
     """Copy the blocks of ``loads`` [Hk, n, 2] (key, slot), ``counts`` [Hk] of them, from pages to slots.
 
     pages: K and V, each [P, Hk, S, D]; they may be in (pinned) host memory. store: K and V, each [X, block, D], of
-    which row ``first + head * num_slots + slot`` is a slot.
+    which row ``first + head * num_slots + slot`` is a slot. In a latent cache V is a view of K in both.
     """
     num_kv, block = pages[0].shape[1], store[0].shape[1]
     per_page = pages[0].shape[2] // block
@@ -242,7 +242,7 @@ def load_blocks(
         sources.append((key // per_page * num_kv + head) * per_page + key % per_page)
         rows.append(first + head * num_slots + slot)
     source, row = torch.cat(sources), torch.cat(rows)
-    for origin, target in zip(pages, store, strict=True):
+    for origin, target in zip(stored(*pages), stored(*store), strict=True):
         target[row] = origin.view(-1, block, origin.shape[3])[source.to(origin.device)].to(target.device)
 
 
@@ -251,11 +251,12 @@ def copy_between(
 ) -> None:
     """Page ``target_pages[i]`` of K and V becomes page ``source_pages[i]``; a pair with a number below 0 is skipped.
 
-    source, target: each [P, Hk, S, D], on the device or in (pinned) host memory.  Pages: [n] int64.
+    source, target: each [P, Hk, S, D], on the device or in (pinned) host memory; in a latent cache V is a view of K in
+    both.  Pages: [n] int64.
     """
     there = (source_pages >= 0) & (target_pages >= 0)
     sources, targets = source_pages[there], target_pages[there]
-    for origin, copy in zip(source, target, strict=True):
+    for origin, copy in zip(stored(*source), stored(*target), strict=True):
         copy[targets.to(copy.device)] = origin[sources.to(origin.device)].to(copy.device)
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.kernels.launch import block_size as power_of_two
 from slipstream.kernels.launch import launch_options
@@ -61,6 +61,7 @@ def _find_kernel(
     scores_width,
     drift,
     margin,
+    extra,
     MODE: tl.constexpr,
     PER_PAGE: tl.constexpr,
     SIZE: tl.constexpr,
@@ -106,11 +107,14 @@ def _find_kernel(
     keys = _keys(blocks, tail, table_ptr, PER_PAGE)
     block_slots = _slots(keys, slot_of_ptr)
     drifted = turned.to(tl.float32) > drift * num.to(tl.float32)
+    more = fresh & (blocks < tail) & (block_slots >= 0)
+    if extra < width:
+        more &= tl.cumsum(more.to(tl.int32), axis=0) > tl.sum(more.to(tl.int32), axis=0) - extra
     if scores_ptr is not None:
         scored = present & (blocks < tail)
         missing = fresh & (blocks < tail)
         if MODE == "union":
-            missing &= block_slots < 0
+            missing &= more == 0
         scores = tl.load(scores_ptr + row * scores_width + blocks, mask=scored, other=0.0)
         low = tl.min(tl.where(scored, scores, float("inf")), axis=0)
         high = tl.max(tl.where(scored, scores, -float("inf")), axis=0)
@@ -131,9 +135,9 @@ def _find_kernel(
     else:
         tl.store(used_ptr + known_slots, tick + tl.zeros_like(known_slots), mask=known_slots >= 0)
         if MODE == "union":
-            more = fresh & ((blocks >= tail) | (block_slots >= 0))
-            tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=more & (block_slots >= 0))
-            both = tl.join(tl.where(known >= 0, known, LAST), tl.where(more, blocks, LAST))
+            tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=more)
+            added = tl.where(more | (fresh & (blocks >= tail)), blocks, LAST)
+            both = tl.join(tl.where(known >= 0, known, LAST), added)
             both = tl.sort(tl.reshape(both, (2 * BLOCK_M,)))
             tl.store(out_ptr + tl.arange(0, 2 * BLOCK_M), tl.where(both == LAST, -1, both),
                      mask=tl.arange(0, 2 * BLOCK_M) < out_width)  # fmt: skip
@@ -176,13 +180,15 @@ def find_blocks(
     drift: float,
     scores: Tensor | None = None,
     margin: float = 1.0,
+    extra: int = LAST.value,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`slipstream.kernels.reference_residency.find_blocks`. Reads nothing back to the host."""
     requests, num_kv, width = blocks.shape
     assert blocks.is_contiguous() and nexts.is_contiguous() and nexts.shape == blocks.shape and sets.is_contiguous()
     assert scores is None or scores.is_contiguous()
     assert made_for.is_contiguous() and all(x.is_contiguous() for x in slots) and width <= sets.shape[2]
-    out_width = {"previous": width + 1, "union": 2 * width, "current": width}[mode]
+    extra = min(extra, width)
+    out_width = width + {"previous": 1, "union": min(width, extra + per_page), "current": 0}[mode]
     out = blocks.new_empty((requests, num_kv, out_width))
     urgent, later = torch.empty_like(blocks), torch.empty_like(blocks)
     if requests:
@@ -190,7 +196,7 @@ def find_blocks(
         _find_kernel[(num_kv, requests)](
             blocks, nexts, page_table, seats, lengths, slots.slot_of, slots.used, sets, made_for, tick, counters,
             scores, out, urgent, later, page_table.stride(0), slots.slot_of.shape[1], slots.used.shape[1], width,
-            sets.shape[2], out_width, 0 if scores is None else scores.shape[2], drift, margin,
+            sets.shape[2], out_width, 0 if scores is None else scores.shape[2], drift, margin, extra,
             MODE=mode, PER_PAGE=per_page, SIZE=block_size, BLOCK_M=block_m,
             BLOCK_W=power_of_two(out_width), CHUNK=CHUNK, **launch_options(blocks, num_warps=4),
         )  # fmt: skip
@@ -205,7 +211,6 @@ def _claim_kernel(
     used_ptr,
     tick_ptr,
     counter_ptr,
-    clock_ptr,
     loads_ptr,
     counts_ptr,
     num_keys,
@@ -221,11 +226,6 @@ def _claim_kernel(
         gdc_wait()
         gdc_launch_dependents()
     head = tl.program_id(0)
-    if clock_ptr is not None:
-        if head == 0:
-            last = tl.load(clock_ptr + 1) - tl.load(clock_ptr)  # below 0 where nothing was loaded
-            tl.store(clock_ptr + 2, tl.load(clock_ptr + 2) + tl.maximum(last, 0))
-            tl.store(clock_ptr, globaltimer())
     tick = tl.load(tick_ptr)
     slot_of_ptr += head.to(tl.int64) * num_keys
     key_of_ptr += head * num_slots
@@ -246,38 +246,38 @@ def _claim_kernel(
         claim = tl.load(slot_of_ptr + keys, mask=missing, other=0, volatile=True)
         first = missing & (claim == LOWEST + ids)
         place = tl.cumsum(first.to(tl.int32), axis=0) - 1
-        num = tl.sum(first.to(tl.int32), axis=0)
         tl.store(loads_ptr + 2 * place, keys, mask=first)
         slots = tl.arange(0, BLOCK_C)
         used = tl.load(used_ptr + slots, mask=slots < num_slots, other=0, volatile=True)
         images = tl.where((slots < num_slots) & (used < tick), -used, ABSENT)
-        kept, to, _ = choose(images, num, 0)
+        asked = tl.sum(first.to(tl.int32), axis=0)
+        kept, to, num = choose(images, asked, 0)
         tl.store(loads_ptr + 2 * to + 1, slots, mask=kept)
         old = tl.load(key_of_ptr + slots, mask=kept, other=-1)
         tl.store(slot_of_ptr + old, tl.full((BLOCK_C,), -1, tl.int32), mask=old >= 0)
         tl.debug_barrier()
-        new = tl.load(loads_ptr + 2 * ids, mask=ids < num, other=0, volatile=True)
-        slot = tl.load(loads_ptr + 2 * ids + 1, mask=ids < num, other=0, volatile=True)
-        tl.store(slot_of_ptr + new, slot, mask=ids < num)
+        new = tl.load(loads_ptr + 2 * ids, mask=ids < asked, other=0, volatile=True)
+        slot = tl.load(loads_ptr + 2 * ids + 1, mask=ids < num, other=-1, volatile=True)  # none for the last
+        tl.store(slot_of_ptr + new, slot, mask=ids < asked)
         tl.store(key_of_ptr + slot, new, mask=ids < num)
         tl.store(used_ptr + slot, tick + tl.zeros_like(slot), mask=ids < num)
     tl.store(counts_ptr + head, num)
     tl.atomic_add(counter_ptr, num.to(tl.int64))
 
 
-def claim_slots(
-    keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor, clock: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def claim_slots(keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`slipstream.kernels.reference_residency.claim_slots`; what is behind the counts is undefined."""
     requests, num_kv, width = keys.shape
     assert keys.is_contiguous() and all(x.is_contiguous() for x in slots)
     loads = keys.new_empty((num_kv, requests * width, 2))
-    counts = keys.new_zeros(num_kv)
-    if requests * width:
+    counts = keys.new_empty(num_kv)
+    if not requests * width:
+        counts.zero_()
+    else:
         block_c = power_of_two(slots.used.shape[1], smallest=16)
         block_i = power_of_two(requests * width, smallest=16)
         _claim_kernel[(num_kv,)](
-            keys, *slots, tick, counter, clock, loads, counts, slots.slot_of.shape[1], slots.used.shape[1], width,
+            keys, *slots, tick, counter, loads, counts, slots.slot_of.shape[1], slots.used.shape[1], width,
             requests * width, BLOCK_I=block_i, BLOCK_C=block_c,
             **launch_options(keys, num_warps=max(num_warps(block_c), num_warps(block_i))),
         )  # fmt: skip

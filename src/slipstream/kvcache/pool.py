@@ -42,7 +42,7 @@ class KVPool:
         self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
         self.k = _zeros(shape, dtype, self.device, pinned)
         self.v = _zeros(shape, dtype, self.device, pinned) if value_dim is None else self.k[..., :value_dim]
-        self._stores = [self.k, self.v] if value_dim is None else [self.k]
+        self._stores = list(ops.stored(self.k, self.v))
         self._followers: list[Callable[[Sequence[tuple[int, int]]], object]] = []
 
     def attach(self, *stores: torch.Tensor) -> None:
@@ -58,8 +58,7 @@ class KVPool:
     @property
     def bytes(self) -> int:
         """Size of all keys and values in bytes."""
-        stores = 1 if ops.shares_rows(self.k, self.v) else 2
-        return stores * self.k.numel() * self.k.element_size()
+        return sum(x.numel() * x.element_size() for x in ops.stored(self.k, self.v))
 
     @property
     def num_tokens(self) -> int:
