@@ -15,8 +15,9 @@ that share in arms with a confidence (``asyncspade:confidence=-1``): a threshold
 repaired, by the counters. What share goes with an overlap of 0.95, 0.8 or 0.6 on a model with locality is measured by
 ``asyncspade_drift.py --part locality``.
 
-The JSON is written after every arm; a run goes on from the ``--json`` of an earlier one, so that a long measurement can
-be cut into several commands.
+The JSON is written after every point; a run goes on from the ``--json`` of an earlier one with the points it lacks, so
+that a long measurement can be cut into several commands. The pool is as large as the largest workload: so Qwen3-32B
+fits one H200 (65.5 GB of weights; 16 x 16k are 73 GB with their index, and windows for 17 chains 2.3).
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from harness import Report, Timing, check
 from shapes import SHAPES
 
 from slipstream import LLM, SamplingParams
+from slipstream.asyncspade.config import AsyncSpade
 from slipstream.asyncspade.foresight import ForesightBackend
 from slipstream.attention.sparse import SparseBackend
 from slipstream.benchmark import decode_times, random_prompts
+from slipstream.build import parse_attention
 from slipstream.evaluation import parse_name
 
-ARMS = "full,asyncspade,asyncspade:predictor=ridge,quest,two_level,double_sparsity"
+ARMS = "full,asyncspade:predictor=last,asyncspade,quest,two_level,double_sparsity"
 WORKLOADS = {"qwen3-8b": "8x32768,32x16384,8x65536", "qwen3-32b": "16x16384", "glm-4.7-flash": "8x65536"}
 TINY: dict[str, Any] = SHAPES["qwen3-8b"] | {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 32,
@@ -65,6 +68,19 @@ def attention_of(arm: str, budget: int) -> Any:
     return "full" if method == "full" else {"method": method, "budget": budget, "min_context": budget, **given}
 
 
+def kv_bytes(args: argparse.Namespace, arm: str) -> int | None:
+    """Memory for the largest workload: keys, values, no more than 7 % of index, and windows in seats. None: latent."""
+    shape: dict[str, Any] = (SHAPES | TINIES)[args.shape]
+    if shape.get("kv_lora_rank") is not None:
+        return None
+    points, width = points_of(args.workloads), shape["num_hidden_layers"] * shape["head_dim"]
+    width *= 2 if torch.cuda.is_available() else 4  # bytes of a number
+    tokens = max(batch * (context + args.steps + 192) for batch, context in points)
+    seats = (1 + max(batch for batch, _ in points)) * arm.startswith("asyncspade:")
+    window = AsyncSpade().window * shape["num_attention_heads"] + 2 * 2048 * shape["num_key_value_heads"] // 128
+    return int(tokens * shape["num_key_value_heads"] * width * 2 * 1.07) + seats * width * window
+
+
 def make(args: argparse.Namespace, arm: str, budget: int) -> LLM:
     points = points_of(args.workloads)
     llm = LLM(
@@ -74,7 +90,7 @@ def make(args: argparse.Namespace, arm: str, budget: int) -> LLM:
         max_model_len=max(context for _, context in points) + 2048,
         max_num_seqs=max(batch for batch, _ in points),
         max_batch_tokens=8192,
-        kv_memory=args.kv_memory,
+        kv_memory=args.kv_memory or kv_bytes(args, arm),
         seed=0,
     )
     fill_pool(llm)  # never time on zeros
@@ -89,6 +105,8 @@ def measure(
 
     seed: of contexts that are there already; by default new ones, which may take the place of any before them.
     """
+    if is_done(report, arm, budget, batch, context):
+        return
     began, warmup = time.perf_counter(), WARMUP if arm != "full" else 8
     if seed is None:
         seed = next(SEEDS)
@@ -116,11 +134,18 @@ def measure(
         heads = moved["sparse_rows"] * llm.spec.num_layers * llm.spec.num_kv_heads
         extra["repaired"] = round(moved.get("asyncspade_repaired", 0) / heads, 4)
     peak = torch.cuda.max_memory_allocated() if llm.device.type == "cuda" else 0
+    where = {"arm": arm, "budget": budget * (arm != "full"), "batch": batch, "context": context}
     report.point(
-        arm=arm, budget=budget, batch=batch, context=context, **Timing.of(times.steps_s).fields("tpot"),
+        **where, **Timing.of(times.steps_s).fields("tpot"),
         host_ms=round(sorted(times.host_ms)[args.steps // 2], 4), peak_bytes=peak,
         kv_bytes=batch * context * llm.pool.bytes // llm.pool.num_tokens, **extra,
     )  # fmt: skip
+    keep(report, args.json)
+
+
+def is_done(report: Report, arm: str, budget: int, batch: int, context: int) -> bool:
+    wanted = {"arm": arm, "budget": budget * (arm != "full"), "batch": batch, "context": context}
+    return any(wanted.items() <= point.items() for point in report.points)
 
 
 def freeze(llm: LLM) -> None:
@@ -134,9 +159,11 @@ def freeze(llm: LLM) -> None:
 
 def recapture(llm: LLM) -> None:
     """Forget the captured steps. The memory of their graphs goes with the last of them, and cannot be captured into."""
+    is_captured = llm.device.type == "cuda"
+    if is_captured:
+        torch.cuda.synchronize()  # the last of them may still run
     llm.engine.runner._steps.clear()
-    if llm.device.type == "cuda":
-        torch.cuda.synchronize()
+    if is_captured:
         llm.engine.runner._graph_pool = torch.cuda.graph_pool_handle()
 
 
@@ -168,6 +195,14 @@ def check_capture(llm: LLM, budget: int) -> None:
     check(apart < TOLERANCE_NATS, f"captured and eager steps differ by {apart:.3f} nats")
 
 
+def names_of(args: argparse.Namespace, arm: str, budget: int) -> list[str]:
+    """Of the points that an arm has at each workload. Sets are kept, and can be frozen, where prediction is in time."""
+    if "confidence" in arm:
+        return [f"{arm} repairs {float(wanted):g}" for wanted in args.repairs.split(",")]
+    config = parse_attention(attention_of(arm, budget))
+    return [arm, f"{arm} floor"] if isinstance(config, AsyncSpade) and config.is_ahead else [arm]
+
+
 def run_arm(report: Report, args: argparse.Namespace, arm: str, budget: int) -> None:
     """All workloads of an arm at a budget; of asyncspade also its floor, and with a threshold the shares repaired."""
     scores = report.notes["scores"]  # of the first arm, by budget: within it all arms attend to everything
@@ -186,7 +221,7 @@ def run_arm(report: Report, args: argparse.Namespace, arm: str, budget: int) -> 
             repair(report, args, llm, arm, budget, batch, context)
         else:
             measure(report, args, llm, arm, budget, batch, context)
-    if is_ahead and "confidence" not in arm and hasattr(llm.engine.backend, "sets"):
+    if f"{arm} floor" in names_of(args, arm, budget):
         freeze(llm)
         for batch, context in points_of(args.workloads):
             fill_sets(llm, context)
@@ -209,6 +244,8 @@ def repair(report: Report, args: argparse.Namespace, llm: LLM, arm: str, budget:
         return repaired / (rows * llm.spec.num_layers * llm.spec.num_kv_heads)
 
     for wanted in map(float, args.repairs.split(",")):
+        if is_done(report, f"{arm} repairs {wanted:g}", budget, batch, context):
+            continue
         low, high = -1.0, 1.0
         for _ in range(9 if wanted else 0):
             middle = (low + high) / 2
@@ -270,25 +307,22 @@ def main() -> None:
     args = parser.parse_args()
     args.workloads = args.workloads or WORKLOADS.get(args.shape, "2x512,4x256")
     report, began, longest = load_report(args), time.perf_counter(), 0.0
-    done = {(p["arm"].split(" ")[0], p["budget"]) for p in report.points}
     for budget in map(int, args.budgets.split(",")):
         for arm in args.arms.split(","):
-            own = 0 if arm == "full" else budget
-            if (arm, own) in done:
+            points = [
+                (name, budget, *point) for name in names_of(args, arm, budget) for point in points_of(args.workloads)
+            ]
+            if all(is_done(report, *point) for point in points):
                 continue
-            done.add((arm, own))
             start = time.perf_counter()
             if start - began + longest > args.time_limit_s:
                 print(f"time limit: {arm} {budget} is left for another run", flush=True)
                 continue
-            run_arm(report, args, arm, own or budget)
-            for point in report.points:
-                point["budget"] = 0 if point["arm"] == "full" else point["budget"]
+            run_arm(report, args, arm, budget)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             longest = max(longest, time.perf_counter() - start)
-            keep(report, args.json)
     bars(report)
     report.finish(args.json)
 

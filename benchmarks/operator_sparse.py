@@ -26,7 +26,7 @@ from shapes import QWEN3_8B
 from slipstream.attention.dense import DenseBackend
 from slipstream.attention.sparse import DENSE, INDEXING, SPARSE, SparseBackend
 from slipstream.build import parse_attention
-from slipstream.kernels import ops, reference_select, sparse, triton_logits
+from slipstream.kernels import ops, reference_select, sparse, triton_logits, triton_peaks
 from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.pool import KVPool
 from slipstream.types import Batch, ModelSpec
@@ -222,11 +222,15 @@ class Arm:
                 blocks = chosen.int().contiguous()
             size = 1 if blocks is None else own.block
             peak = own.aggregate == "peak"  # as the product scores: with the statistics of a softmax, or without
-            total += per_layer_us(
-                lambda layer: triton_logits.label_logits_and_partials(
-                    q[layer], *index.labels(layer), step.page_table, step.lengths, blocks, size, SPEC.scale, peak
-                )
-            )
+
+            def label(layer: int) -> None:
+                args = (*index.labels(layer), step.page_table, step.lengths, blocks, size, SPEC.scale)
+                if peak and blocks is not None and triton_peaks.suits(*args[1:3], blocks, size):
+                    triton_peaks.label_images(q[layer], *args, own.sink, own.recent)
+                else:
+                    triton_logits.label_logits_and_partials(q[layer], *args, peak)
+
+            total += per_layer_us(label)
         return total
 
     def floor_bytes(self, step: Batch) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.kernels.reference import shares_rows
+from slipstream.kernels.reference import stored
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 FORCED = torch.iinfo(torch.int32).max  # image of what is always in: above that of +inf
@@ -161,9 +161,9 @@ def sparse_attention(
     slots = ((pages * num_kv + heads) * page_size + tokens % page_size).flatten()
     unseen = ~seen.unsqueeze(-1)
     # What stands in for a missing token may be NaN, and 0 * NaN would reach the result.
-    stores = (k_pages,) if shares_rows(k_pages, v_pages) else (k_pages, v_pages)
     held = [
-        pages.view(-1, dim).index_select(0, slots).view(*seen.shape, dim).masked_fill_(unseen, 0) for pages in stores
+        pages.view(-1, dim).index_select(0, slots).view(*seen.shape, dim).masked_fill_(unseen, 0)
+        for pages in stored(k_pages, v_pages)
     ]
     k, v = held[0], held[-1][..., : v_pages.shape[3]]
     # The heads of one group are the query rows of their KV head: no head is repeated in memory.

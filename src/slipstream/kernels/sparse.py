@@ -46,8 +46,11 @@ def label_tokens(
     args = (q, channels, labels, scales, page_table, lengths, blocks, block_size, scale)
     rule = (lengths, labels.shape[1], block_size, budget, sink, recent, aggregate)
     if q.is_cuda:
-        from slipstream.kernels import triton_logits, triton_topk
+        from slipstream.kernels import triton_logits, triton_peaks, triton_topk
 
+        if aggregate == "peak" and blocks is not None and triton_peaks.suits(labels, scales, blocks, block_size):
+            images = triton_peaks.label_images(*args[:6], blocks, block_size, scale, sink, recent)
+            return triton_topk.top_images(images, blocks, lengths, block_size, budget)
         logits, partials = triton_logits.label_logits_and_partials(*args, peak=aggregate == "peak")
         return triton_topk.top_tokens(logits, blocks, *rule, partials)
     return reference_select.top_tokens(_joined(reference_index.label_logits(*args), *rule), blocks, *rule)

@@ -47,12 +47,12 @@ def _cut(image, budget, room):
 
     num is the least of budget and images present, or any number above it, up to room, that is found on the way.
     """
-    packed = tl.sum(((image != ABSENT).to(tl.uint32) << 16) + (image == FORCED).to(tl.uint32), axis=0)
+    packed = tl.sum(tl.where(image == FORCED, 0x10001, tl.where(image == ABSENT, 0, 0x10000)).to(tl.uint32), axis=0)
     num_low, num_forced = (packed >> 16).to(tl.int32), (packed & 0xFFFF).to(tl.int32)
     num = tl.minimum(num_low, budget)
-    free = (image != ABSENT) & (image != FORCED)
-    low = tl.min(tl.where(free, image, FORCED), axis=0).to(tl.int64)
-    high = tl.max(tl.where(free, image, ABSENT), axis=0).to(tl.int64) + 1
+    # What is neither ABSENT nor FORCED lies from low to high - 1: one less than ABSENT wraps to the largest number.
+    low = tl.min(image - 1, axis=0).to(tl.int64) + 1
+    high = tl.max(image + 1, axis=0).to(tl.int64)
     all_forced = num_forced >= num
     low = tl.where(all_forced, FORCED, low)
     high = tl.where(all_forced, low + 1, high)
@@ -74,8 +74,9 @@ def _cut(image, budget, room):
                 first = tl.minimum(tl.maximum(to_image(lower).to(tl.int64), low + 1), high - 1)
                 second = tl.minimum(tl.maximum(to_image(upper).to(tl.int64), first), high - 1)
             turn += 1
-        reached = (image >= first.to(tl.int32)).to(tl.uint32) + ((image >= second.to(tl.int32)).to(tl.uint32) << 16)
-        counts = tl.sum(reached, axis=0)
+        # Who reaches the second pivot reaches the first.
+        reached = tl.where(image >= second.to(tl.int32), 0x10001, (image >= first.to(tl.int32)).to(tl.int32))
+        counts = tl.sum(reached.to(tl.uint32), axis=0)
         num_first, num_second = (counts & 0xFFFF).to(tl.int32), (counts >> 16).to(tl.int32)
         if num_second >= num:
             low, num_low = second, num_second
@@ -97,7 +98,7 @@ def choose(image, budget, room):
     """The best of a row: which are kept, the place of each among the kept, and how many there are."""
     bound, ties, num = _cut(image, budget, room)
     above, tied = image > bound, image == bound
-    ranks = tl.cumsum((tied.to(tl.uint32) << 16) + above.to(tl.uint32), axis=0)
+    ranks = tl.cumsum(tl.where(above, 1, tied.to(tl.int32) << 16).to(tl.uint32), axis=0)
     num_tied, num_above = (ranks >> 16).to(tl.int32), (ranks & 0xFFFF).to(tl.int32)
     kept = above | (tied & (num_tied <= ties))
     place = num_above + tl.minimum(num_tied, ties) - 1

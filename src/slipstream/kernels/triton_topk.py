@@ -108,6 +108,8 @@ def _images_kernel(
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     length = tl.load(lengths_ptr + tl.program_id(2))
     first = tl.program_id(0) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    images = tl.full((BLOCK,), ABSENT, tl.int32)
     if length > 0:
         tokens, exists = candidates(blocks_ptr + row * (width // SIZE), first, width, length, SIZE, LISTED, BLOCK)
         x = load_logits(logits_ptr + row * GROUP * width, exists, first, width, GROUP, BLOCK_G, BLOCK)
@@ -116,8 +118,7 @@ def _images_kernel(
             x, peak, total, tokens, exists, length, sink, recent, logits_ptr + row * GROUP * width, first, width,
             GROUP, BLOCK_G, BLOCK, IS_SUM,
         )  # fmt: skip
-        at = first + tl.arange(0, BLOCK)
-        tl.store(images_ptr + row * width + at, images, mask=at < width)
+    tl.store(images_ptr + row * width + at, images, mask=at < width)
 
 
 @triton.jit
@@ -137,21 +138,27 @@ def _select_kernel(
     ARE_LOGITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (B, Hk): one program holds the images of a whole row. ARE_LOGITS: those of one head, not images yet."""
+    """Grid (B, Hk): one program holds the images of a whole row. ARE_LOGITS: of one head, not images yet."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     at = tl.arange(0, BLOCK)
-    # Neither load waits for the other.
-    images = tl.load(images_ptr + row * width + at, mask=at < width, other=0)
-    length = tl.load(lengths_ptr + tl.program_id(0))
-    tokens, exists = candidates(blocks_ptr + row * (width // SIZE), 0, width, length, SIZE, LISTED, BLOCK)
+    blocks_ptr += row * (width // SIZE)
+    # No load waits for another. Images are FORCED and ABSENT already, where they should be.
+    images = tl.load(images_ptr + row * width + at, mask=at < width, other=0 if ARE_LOGITS else ABSENT)
+    blocks = at // SIZE
+    if LISTED:
+        blocks = tl.load(blocks_ptr + blocks, mask=at < width, other=-1)
+    tokens = blocks * SIZE + at % SIZE
     if ARE_LOGITS:
+        length = tl.load(lengths_ptr + tl.program_id(0))
         forced = (tokens < sink) | (tokens >= length - recent)
-        images = tl.where(forced, FORCED, to_image(finite(images)))
-    kept, place, num = choose(tl.where(exists, images, ABSENT), budget, 0)
-    tl.store(indices_ptr + row * budget + place, tokens, mask=kept)
+        exists = (at < width) & (blocks >= 0) & (tokens < length)
+        images = tl.where(exists, tl.where(forced, FORCED, to_image(finite(images))), ABSENT)
+    kept, place, num = choose(images, budget, 0)
+    # A hint like that of the places, where a budget is odd; in truth these stores are single ones too.
+    tl.store(tl.multiple_of(indices_ptr + row * budget, 16) + place, tokens, mask=kept)
     fill(indices_ptr + row * budget, num, budget, -1)
     tl.store(counts_ptr + row, num)
 
@@ -257,6 +264,31 @@ def _join(images: Tensor, tokens: Tensor, indices: Tensor, counts: Tensor) -> No
         images, tokens = best_images, best
 
 
+def _select(
+    images: Tensor, blocks: Tensor, lengths: Tensor, indices: Tensor, counts: Tensor, size: int, sink: int, recent: int,
+    is_listed: bool,
+) -> None:  # fmt: skip
+    """images: [B, Hk, C] int32, or fp32 logits of lone heads."""
+    (requests, num_kv, width), block = images.shape, power_of_two(images.shape[2])
+    shared = images.is_cuda and requests * num_kv > num_processors(images.device)
+    _select_kernel[(requests, num_kv)](
+        images, blocks, lengths, indices, counts, width, indices.shape[2], sink, max(recent, 1),
+        SIZE=size, LISTED=is_listed, BLOCK=block, ARE_LOGITS=images.dtype == torch.float32,
+        **launch_options(images, num_warps=num_warps(block)), **({"maxnreg": SHARED_REGISTERS} if shared else {}),
+    )  # fmt: skip
+
+
+def top_images(images: Tensor, blocks: Tensor, lengths: Tensor, block_size: int, budget: int) -> tuple[Tensor, Tensor]:
+    """The choice of :func:`top_tokens` among candidates of ``blocks`` with ready images, at most TOKEN_TILE of them."""
+    requests, num_kv, width = images.shape
+    assert width <= TOKEN_TILE and images.dtype == torch.int32 and images.is_contiguous() and blocks.is_contiguous()
+    indices = torch.empty((requests, num_kv, budget), dtype=torch.int32, device=images.device)
+    counts = torch.empty((requests, num_kv), dtype=torch.int32, device=images.device)
+    if requests:
+        _select(images, blocks, lengths, indices, counts, block_size, 0, 1, True)
+    return indices, counts
+
+
 def top_tokens(
     logits: Tensor,
     blocks: Tensor | None,
@@ -306,12 +338,7 @@ def top_tokens(
                 *rows, partials, images, width, num_partials, sink, max(recent, 1),
                 BLOCK_P=power_of_two(num_partials), IS_SUM=is_sum, **tokens, **options,
             )  # fmt: skip
-        shared = logits.is_cuda and requests * num_kv > num_processors(logits.device)
-        _select_kernel[(requests, num_kv)](
-            images, *rows[1:], indices, counts, width, budget, sink, max(recent, 1),
-            SIZE=block_size, LISTED=blocks is not None, BLOCK=block, ARE_LOGITS=group == 1,
-            **launch_options(logits, num_warps=num_warps(block)), **({"maxnreg": SHARED_REGISTERS} if shared else {}),
-        )  # fmt: skip
+        _select(images, *rows[1:], indices, counts, block_size, sink, recent, blocks is not None)
         return indices, counts
     room = min(block, max(budget, UNION_TILE // chunks))
     best_images, best = torch.empty((2, requests, num_kv, chunks * room), dtype=torch.int32, device=logits.device)
