@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ import torch
 from harness import Report, check
 
 from slipstream import LLM, SamplingParams
-from slipstream.build import ATTENTION, parse_attention
+from slipstream.build import ATTENTION
 from slipstream.kvcache.plan import parse_bytes
 from slipstream.server.app import bind, cap_caches, make_server
 from slipstream.server.config import ServerConfig
 
 LENGTHS, TOKENS = (20, 80, 300, 700), (4, 40, 120)
+# Small enough for these lengths to be at work: gate, budget, and blocks that a first level leaves out.
+SPARSE = {"budget": 128, "recent": 16, "min_context": 128, "block": 16, "blocks": 16}
+PREVIOUS = {"candidates": "previous"}  # `union` depends on what is resident, and that on who else runs
 
 
 def resident_mib() -> float:
@@ -69,9 +73,15 @@ class Crowd:
         if mood < 0.30:
             patience = self.dice.expovariate(3.0)
             try:
-                await asyncio.wait_for(client.post("/v1/completions", json=body | {"max_tokens": 700}), patience)
+                reply = await asyncio.wait_for(
+                    client.post("/v1/completions", json=body | {"max_tokens": 400}), patience
+                )
             except TimeoutError:
                 self.counts["left"] += 1
+            else:
+                check(
+                    reply.status_code == 200, f"who would have left got status {reply.status_code}: {reply.text[:200]}"
+                )
             return
         if mood < 0.35:
             await self.stall(body | {"stream": True, "logprobs": 20, "max_tokens": 300})
@@ -109,13 +119,16 @@ def slope(points: list[tuple[int, float]]) -> float:
     return float(1000 * ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum().clamp(min=1))
 
 
+def options_of(method: str) -> dict[str, Any]:
+    known = {option.name for option in fields(ATTENTION[method])}
+    return {"method": method} | {name: value for name, value in (SPARSE | PREVIOUS).items() if name in known}
+
+
 def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One method's point, in a process of its own: what one leaves in memory is not the next one's."""
     cap_caches()
     dice = random.Random(args.seed)
-    page_size = max(16, getattr(parse_attention(method), "block", 16))
-    attention = method if method == "full" else {"method": method, "budget": 128, "min_context": 128}
-    options = {"max_model_len": 1600, "page_size": page_size, "device": args.device, "attention": attention}
+    options = {"max_model_len": 1600, "page_size": 16, "device": args.device, "attention": options_of(method)}
     seats = LLM(args.model, **options).memory.fixed_bytes  # what a method keeps beside its pages
     llm = LLM(args.model, **options, kv_memory=parse_bytes(args.kv_memory) + seats)
     prompts = [[dice.randrange(16, 1000) for _ in range(dice.choice(LENGTHS))] for _ in range(24)]
@@ -138,13 +151,15 @@ def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
     server.should_exit = True
     thread.join(60)
     pressed = stats["preemptions"] + stats["pages_left"]  # the latter where chains decode without pages
-    check(method == "full" or stats["sparse_rows"] > 0, f"{method}: every step was dense, the method was never at work")
+    work = {name: stats[name] for name in ("sparse_rows", "tova_evicted_tokens") if name in stats}
+    check(method == "full" or sum(work.values()) > 0, f"{method}: every step was dense, it was never at work")
     check(pressed > 0, f"{method}: the cache was large enough for all, nothing was preempted")
     check(crowd.counts["left"] > 0 and crowd.counts["right"] > 0, f"{method}: nobody left, or nobody stayed")
     held = stats["running"] + stats["waiting"] + stats["pages_used"]
     every = max(1, len(crowd.memory) // 10)
     return {
-        "method": method, "requests": args.requests, "seconds": seconds, "preemptions": stats["preemptions"],
+        **options_of(method), "requests": args.requests, "seconds": seconds, "preemptions": stats["preemptions"],
+        "pages_left": stats["pages_left"], **work,
         **crowd.counts, "held": held, "slope": slope(crowd.memory),
         "resident_mib": [round(mib) for _, mib in sorted(crowd.memory)[::every]],
     }  # fmt: skip
@@ -155,7 +170,7 @@ def main() -> None:
     parser.add_argument("--model", default="slipstream-draft")
     parser.add_argument("--methods", default=",".join(ATTENTION), help="comma-separated names")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--kv-memory", default="8MiB")
+    parser.add_argument("--kv-memory", default="5MiB")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

@@ -89,13 +89,10 @@ class OneChain(AttentionBackend):
 
 
 @torch.inference_mode()
-def truth(config, gate, ids, params, index=0, dense=None, start=()):
-    """(tokens of one chain, its backend): its prompt densely (or so much of it), then token by token.
-
-    start: tokens that it has generated before it was preempted; they are prefilled with the prompt.
-    """
+def truth(config, gate, ids, params, index=0, dense=None):
+    """(tokens of one chain, its backend): its prompt densely (or so much of it), then token by token."""
     network, spec = MODEL
-    backend, known, done = OneChain(config, spec, network.cos_sin, gate), [*ids, *start], 0
+    backend, known, done = OneChain(config, spec, network.cos_sin, gate), list(ids), 0
     while len(known) < len(ids) + params.max_tokens:
         end = (dense or len(known)) if done == 0 else done + 1
         none, positions = torch.zeros(0), torch.arange(done, end)

@@ -102,6 +102,28 @@ def test_a_preempted_chain_runs_its_tokens_as_decode_steps_again(overlap):
     assert all(at < 9 for _, rest in engine.backend.steps[before:] for _, at in rest)
 
 
+@BOTH
+@pytest.mark.parametrize("n", [1, 2])
+def test_known_tokens_that_only_one_chain_goes_on_from_run_through_decode_steps(overlap, n):
+    """With n = 2 the last of them does not: two chains draw from it."""
+    engine = noting_engine(overlap=overlap)
+    engine.runner._buckets = [3, 8]  # padded as captured steps are
+    mixed, launch = [], engine.runner._launch_mixed
+    engine.runner._launch_mixed = lambda plan: (mixed.append([(k.start, k.count) for k in plan.chunks]), launch(plan))[
+        1
+    ]
+    own = SamplingParams(temperature=0.9, seed=5, n=n, max_tokens=7, ignore_eos=True, logprobs=1)
+    one, other = request(prompt(1, 13), own, dense_tokens=10), request(prompt(2, 4), greedy(9))
+    run(engine, one, other)
+    assert mixed == [[(0, 10), (0, 4)]] + [[(12, 1)]] * (n - 1)
+    assert tokens_of(one) == [truth(one.prompt_ids, own, i) for i in range(n)]
+    assert tokens_of(other) == [truth(other.prompt_ids, other.params)]
+    for completion in one.completions:
+        assert [token in entry for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)] == [
+            True
+        ] * 7
+
+
 def test_scores_are_the_same():
     engine, ids = toy_engine(max_batch_tokens=6), prompt(4, 21)
     plain, forced = Request.to_score(ids[:8], ids[8:]), Request.to_score(ids[:8], ids[8:])

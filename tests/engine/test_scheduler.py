@@ -263,6 +263,26 @@ def test_forced_tokens_are_single_come_first_and_count_against_the_budget():
     assert shape(plan) == ([0, 2], [(1, 5, 1)]) and [c for c, _ in plan.chunks[0].samplers] == [plan.chunks[0].chain]
 
 
+def test_behind_the_gate_a_preempted_chain_runs_its_tokens_one_by_one_and_they_have_their_room():
+    scheduler = make(num_pages=13, budget=64, gate=10)
+    first, second = chain(0, 6, max_tokens=30), chain(1, 8, max_tokens=20)
+    scheduler.add(first)
+    scheduler.add(second)
+    for _ in range(9):
+        step(scheduler)
+    scheduler.preempt(second)
+    assert (len(second.ids), second.num_dense) == (17, 10)
+    plan = step(scheduler)
+    assert shape(plan) == ([0], [(1, 0, 10)]) and not plan.is_decode
+    third = chain(2, 10)
+    scheduler.add(third)  # three pages: as many as are free, but those are for what the second had
+    for at in range(10, 17):
+        plan = step(scheduler)
+        assert shape(plan) == ([0], [(1, at, 1)]) and plan.is_decode and third in scheduler.waiting
+    assert [c for c, _ in plan.chunks[0].samplers] == [second]
+    assert shape(step(scheduler)) == ([0, 1], [])
+
+
 def test_prompts_of_a_step_fit_the_stage_together():
     """With a bound on their pages, prompts wait for each other; the first always runs, however long it is."""
     scheduler = make(num_pages=60, prefill_pages=5)

@@ -144,6 +144,7 @@ def test_more_chains_run_than_pages_could_hold(overlap):
     work.append(Request(prompts(6)[4], params(5, 7)))
     assert serve(engine, *work) == [truths(one, 8) for one in work]
     assert engine.stats()["preemptions"] == 0
+    assert engine.stats()["tova_evicted_tokens"] > 0
 
 
 @BOTH
@@ -156,6 +157,7 @@ def test_the_rest_of_a_prompt_may_run_in_the_seat(overlap, n):
     # the last dense token runs, even where the cache has it: it decides what is kept
     again = [Request(one.prompt_ids, own, dense_tokens=one.dense_tokens) for one in work]
     assert serve(engine, *again) == [truths(one, 9) for one in work]
+    assert engine.stats()["tova_evicted_tokens"] > 0
 
 
 @BOTH
@@ -169,13 +171,10 @@ def test_cancelled_and_preempted_chains_leave_their_seats(overlap):
     assert engine.cancel(first.request_id)
     for _ in range(5):
         engine.step()
-    known = len(second.completions[0].token_ids)
     engine.scheduler.preempt(next(c for c in engine.scheduler.running if c.request is second))
     serve(engine)
-    assert third.completions[0].token_ids == truths(third, 10)[0]
-    # prefilled again densely: a new beginning, with the tokens that it had by then
-    assert second.completions[0].token_ids[:known] == truths(second, 10)[0][:known]
-    assert len(second.completions[0].token_ids) == 25
+    for one in (second, third):  # the tokens that it had are decoded again
+        assert one.completions[0].token_ids == truths(one, 10)[0]
     assert engine.table.num_used == 0 and sorted(engine.scheduler._seats) == [1, 2]
 
 
@@ -191,7 +190,7 @@ ACTION = st.one_of(
 )
 
 
-def act(engine, budget, work, kind, *args):
+def act(engine, work, kind, *args):
     if kind == "generate":
         length, max_tokens, n, dense = args
         own = SamplingParams(n=n, seed=length % 2, temperature=1.0, max_tokens=max_tokens, ignore_eos=True)
@@ -203,9 +202,7 @@ def act(engine, budget, work, kind, *args):
     elif kind == "cancel" and work:
         engine.cancel(work[args[0] % len(work)].request_id)
     elif kind == "preempt" and engine.scheduler.running:
-        chain = engine.scheduler.running[args[0] % len(engine.scheduler.running)]
-        if chain.num_dense is not None or not chain.decoding or budget > 45:  # what comes back just as it was
-            engine.scheduler.preempt(chain)
+        engine.scheduler.preempt(engine.scheduler.running[args[0] % len(engine.scheduler.running)])
     elif kind == "step":
         for _ in range(args[0]):
             engine.step()
@@ -224,7 +221,7 @@ def test_any_life(actions, budget, num_pages, seats, chunk, overlap):
     engine = tova_engine(budget, num_pages, seats, max_batch_tokens=chunk, overlap=overlap)
     work, left = [], 4000
     for kind, *args in actions:
-        act(engine, budget, work, kind, *args)
+        act(engine, work, kind, *args)
         engine.table.check_integrity()
     while engine.has_work():
         engine.step()
@@ -256,3 +253,4 @@ def test_captured_steps_give_the_tokens_of_eager_ones():
         engine = make(40, overlap=overlap)
         assert serve_cuda(engine, requests(11)) == expected
         assert engine.stats()["graph_replays"] > 20 and engine.stats()["pages_left"] > 0
+        assert engine.stats()["tova_evicted_tokens"] > 0

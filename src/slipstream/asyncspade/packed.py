@@ -38,6 +38,7 @@ class PackedBackend(AttentionBackend):
     """
 
     uses_seats = holds_kv_in_seats = True
+    gate = 0
 
     def __init__(
         self, pool: KVPool, spec: ModelSpec, config: AsyncSpade, link: RankLink, dense: AttentionBackend, num_seats: int

@@ -54,6 +54,7 @@ class AttentionBackend(Protocol):
     holds_kv_in_seats: bool = False  # a chain that decodes needs no pages: its KV is with the backend, by seat
     num_fresh: int = 1  # last tokens of a prompt that are computed even where their KV is cached
     prefill_pages: int | None = None  # most pages that the prompts of a step may have together; None: any number
+    gate: int | None = None  # tokens from which on a decode step attends otherwise than a prompt does; None: never
     uses_seats: bool = False  # keeps something else by seat: ``Batch.heirs`` says who goes on from whom
 
     def variant(self, lengths: Sequence[int]) -> int:

@@ -39,6 +39,8 @@ class SparseBackend(AttentionBackend):
     they change, the labels of all tokens so far are written anew. After that they stay for the engine's life.
     """
 
+    gate: int
+
     def __init__(
         self,
         pool: KVPool,

@@ -5,8 +5,7 @@ prompt row attends to most, averaged over all heads, and copies them into the ch
 which it decodes from then on, so that its pages can be given back. Each further token takes a free slot of the seat, or
 that of the token that the step before attended to least. Positions stay logical: keys are stored rotated.
 
-Cancelled chains leave nothing behind: whoever gets the seat next fills it anew. A preempted chain is prefilled again,
-densely and with the tokens it has generated, and evicts anew: other tokens may stay than would have without the break.
+Cancelled chains leave nothing behind: whoever gets the seat next fills it anew.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ class TovaBackend(AttentionBackend):
     def __init__(self, pool: KVPool, spec: ModelSpec, dense: AttentionBackend, config: Tova, max_num_seqs: int) -> None:
         shape = (spec.num_layers, max_num_seqs + 1, spec.num_kv_heads, config.budget, spec.head_dim)
         self.pool, self.spec, self.dense, self.budget = pool, spec, dense, config.budget
+        self.gate = config.budget
         self.k = torch.zeros(shape, dtype=spec.dtype, device=pool.device)
         self.v = torch.zeros_like(self.k) if spec.value_dim is None else self.k[..., : spec.value_dim]
         self.victims = torch.zeros(shape[:2], dtype=torch.int64, device=pool.device)

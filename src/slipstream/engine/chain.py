@@ -69,7 +69,7 @@ class Chain:
     def reuse_limit(self) -> int:
         """Leading tokens whose KV may come from the cache: the rest must run, for their logits are needed."""
         first_row = len(self.ids) - self.num_fresh
-        if self.wanted_from < self.num_prompt:
+        if self.wants_scores:
             first_row = min(first_row, self.wanted_from - 1)
         if self.num_dense is not None:
             first_row = min(first_row, self.num_dense - self.num_fresh)  # what is dense ends with rows of its own chunk
@@ -95,6 +95,10 @@ class Chain:
         if self.num_dense is None:
             return self.total
         return min(self.total, max(self.num_dense, self.num_kv + 1))
+
+    @property
+    def wants_scores(self) -> bool:
+        return self.wanted_from < self.num_prompt
 
     @property
     def pages(self) -> list[int]:

@@ -76,6 +76,7 @@ class Engine:
             kv_in_seats=backend.holds_kv_in_seats,
             names_heirs=backend.uses_seats,
             prefill_pages=backend.prefill_pages,
+            gate=backend.gate,
         )
         self.backend = backend
         self.runner = make_runner(
@@ -227,7 +228,8 @@ class Engine:
     def _share(self, chain: Chain, num_tokens: int) -> None:
         """The KV of the first tokens is stored: others may use it, but for what ran as decode steps of a prompt."""
         if chain.lease is not None:
-            dense = num_tokens if chain.num_dense is None else min(num_tokens, chain.num_dense)
+            is_cut = chain.num_dense is not None and chain.num_dense < chain.num_prompt
+            dense = min(num_tokens, chain.num_dense or 0) if is_cut else num_tokens
             self.table.commit(chain.lease, chain.ids, dense)
 
     def _take_token(self, chain: Chain, token: int, logprobs: dict[int, Logprob] | None) -> None:

@@ -68,7 +68,7 @@ class Runner:
         with self._on_device():
             self._pool.copy_pages(plan.copies)
             self.num_copied_pages += len(plan.copies)
-            if not plan.chunks:
+            if plan.is_decode:
                 return self._launch_decode(plan)
             pending = self._launch_mixed(plan)
             self._backend.finish()
@@ -79,29 +79,35 @@ class Runner:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _launch_decode(self, plan: Plan) -> Pending:
-        rows = [chain.seat for chain in plan.decodes]
-        variant = self._backend.variant(plan.lengths)
+        known = sorted(plan.chunks, key=lambda chunk: not chunk.samplers)  # what nobody draws from goes last
+        chains, lengths = [*plan.decodes, *(k.chain for k in known)], [*plan.lengths, *(k.end for k in known)]
+        rows = [chain.seat for chain in chains]
+        variant = self._backend.variant(lengths)
         step = self._step(len(rows), variant)
         packet = Packet()
         update = self.seats.stage(plan, packet)
         changed = rows != self._decode_seats
         place = packet.add(rows + [NULL_SEAT] * (step.bucket - len(rows)) if changed else ())
+        news = [(k.chain.seat, k.chain.ids[k.start], k.start) for k in known]
+        columns = [packet.add(column) for column in zip(*news, strict=True)]
         if len(packet):
             data = packet.send(self._device)
             self.seats.apply(update, data)
+            if columns:
+                self.seats.store(*(data[column] for column in columns))
             if changed:
                 step.seat_rows.copy_(data[place])
                 self._decode_seats = rows
                 step.refresh_sampling()
         step.batch.seated = [chain.seat for chain in plan.seated]  # their prompts could not begin yet
-        step.run(variant, plan.lengths, [chain.pages for chain in plan.decodes])
+        step.run(variant, lengths, [chain.pages for chain in chains])
         if step.batch.graph_key is None:
             self.num_eager_steps += 1
         else:
             self.num_graph_replays += 1
         assert step.logits is not None
-        tokens = step.tokens[: len(rows)].clone()  # the next step overwrites its own
-        samplers = list(zip(plan.decodes, plan.epochs, strict=True))
+        samplers = [*zip(plan.decodes, plan.epochs, strict=True), *(s for k in known for s in k.samplers)]
+        tokens = step.tokens[: len(samplers)].clone()  # the next step overwrites its own
         return self._pending(plan, samplers, tokens, step.logits)
 
     def _launch_mixed(self, plan: Plan) -> Pending:

@@ -48,6 +48,11 @@ class Plan:
     num_pages: int = 0
 
     @property
+    def is_decode(self) -> bool:
+        """Whether every row is a decode step of one chain: known tokens too, where nobody else goes on from them."""
+        return all(k.forced and len(k.samplers) <= 1 and not k.heirs and not k.chain.wants_scores for k in self.chunks)
+
+    @property
     def num_prefill_tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
 
@@ -61,6 +66,8 @@ class Scheduler:
 
     Who came first goes first: to make room, the latest chain gives its pages back; later it starts again, with the
     tokens that it has.
+    gate: tokens up to which decode steps attend as prompts do. What a preempted chain had generated behind them runs as
+    decode steps again, so that it goes on as if nothing had happened. None: all of it is prefilled.
     token_budget: most tokens of a step, decodes counted first; prompts are cut to what is left, at least one token.
     kv_in_seats: a chain that decodes has its KV in its seat; its pages are given back when its prompt is done, what the
     cache knows of them stays in the cache. Preempted, it is prefilled into pages again.
@@ -77,12 +84,13 @@ class Scheduler:
         kv_in_seats: bool = False,
         names_heirs: bool = False,
         prefill_pages: int | None = None,
+        gate: int | None = None,
     ) -> None:
         if max_num_seqs < 1 or token_budget < 1:
             raise ValueError(f"max_num_seqs and token_budget must be >= 1, got {max_num_seqs} and {token_budget}")
         self.table, self.max_num_seqs, self.token_budget = table, max_num_seqs, token_budget
         self.kv_in_seats, self.names_heirs = kv_in_seats, names_heirs or kv_in_seats
-        self.prefill_pages = prefill_pages
+        self.prefill_pages, self.gate = prefill_pages, gate
         self.waiting: deque[Chain] = deque()
         self.running: list[Chain] = []
         self.num_preemptions = self.num_cached_tokens = self.num_pages_left = 0
@@ -239,16 +247,19 @@ class Scheduler:
         """Take a running chain's pages and seat; it is the first of those that wait, and computes its tokens anew."""
         self.running.remove(chain)
         self._give_back(chain)
+        if chain.num_dense is None and self.gate is not None:
+            chain.num_dense = max(chain.num_prompt, self.gate)
         self.waiting.appendleft(chain)
         self.num_preemptions += 1
 
     def can_admit(self, chain: Chain) -> bool:
-        """Seats for it and its siblings, pages for all its tokens, and one page left for each chain that may grow."""
+        """Seats for it and its siblings, pages for all its tokens, and for those of the others or one more for each."""
         available = self.table.num_available
         if len(self._seats) < 1 + len(chain.siblings) or (self.running and available == self._blocked_at):
             return False
         needed = self.table.num_new_pages(chain.ids, chain.reuse_limit, chain.salt)
-        fits = needed + sum(not c.in_seat for c in self.running) <= available
+        growth = sum(max(1, self.table.pages_for(c.total) - len(c.pages)) for c in self.running if not c.in_seat)
+        fits = needed + growth <= available
         self._blocked_at = -1 if fits else available
         return fits
 
