@@ -70,11 +70,11 @@ def test_all_speak_the_same_tokens():
 
 
 def test_labels_are_calibrated(name):
-    """Of this model: another's would be refused. A quarter of a latent cache's row, a latent and its rotary key."""
+    """Of this model: another's would be refused. Half of a latent cache's row, a latent and its rotary key."""
     llm = LLM(name, attention="two_level", device="cpu", max_model_len=512, kv_memory="4MiB")
     own = llm.engine.backend.index.labels(0).channels
     assert llm.engine.backend._online is None and own.shape == (llm.spec.num_kv_heads, own.shape[1])
-    assert own.shape[1] == (32 if llm.spec.value_dim is None else llm.spec.head_dim // 8 * 2)
+    assert own.shape[1] == (32 if llm.spec.value_dim is None else llm.spec.head_dim // 4 * 2)
 
 
 def test_chat_template(name):

@@ -48,10 +48,16 @@ def methods(budget: int) -> dict[str, dict]:
             "method": "two_level", "budget": budget, "blocks": budget // 2, "aggregate": "sum", "channels": 12,
             "block": 8, "block_score": "minmax4x16", **SMALL,
         },
+        "asynctls": tls(budget),
+        "asynctls offload": tls(budget, offload=True, gpu_kv="16MiB", host_kv="16MiB", candidates="predicted"),
         "tova": {"method": "tova", "budget": budget},
         "asyncspade": spade("residual", budget),
         "asyncspade in time": spade("analog", budget),
     }  # fmt: skip
+
+
+def tls(budget: int, **more) -> dict:
+    return {"method": "asynctls", "budget": budget, "blocks": budget // 2, **BLOCKS, **SMALL, **more}
 
 
 def spade(predictor: str, budget: int, **more) -> dict:
@@ -199,8 +205,8 @@ def test_the_memory_plan_counts_one_row_and_two_groups_of_labels(mla):
     llm = mla(attention={"method": "double_sparsity", "budget": 32, **SMALL})
     row, pages = 32 * 4, llm.pool.num_pages
     assert llm.pool.bytes == 3 * pages * 16 * row == pages * 16 * llm.spec.kv_bytes_per_token()
-    assert llm.stats()["index_bytes"] == 3 * pages * 16 * (8 // 2 + 2 * 4)
-    assert llm.memory.page_bytes == 16 * 3 * (row + 8 // 2 + 8)
+    assert llm.stats()["index_bytes"] == 3 * pages * 16 * (16 // 2 + 2 * 4)
+    assert llm.memory.page_bytes == 16 * 3 * (row + 16 // 2 + 8)
 
 
 def test_latent_and_rotary_channels_are_scaled_apart(mla):

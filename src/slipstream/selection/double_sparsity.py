@@ -12,7 +12,7 @@ from slipstream.kvcache.pool import KVPool
 from slipstream.selection.selector import CHANNELS, TOKEN_AGGREGATES, Budgeted, Planned, Selector, one_of, option
 from slipstream.types import ModelSpec, Selection, options
 
-CHANNELS_HELP = "channels of a key in its 4-bit label; default: 32, with latent attention 128 or a quarter of its row"
+CHANNELS_HELP = "channels of a key in its 4-bit label; default: 32, with latent attention 256 or half of its row"
 CALIBRATION_HELP = "file of `slipstream calibrate`; default: the model directory's, else the first prompt decides"
 
 

@@ -12,7 +12,7 @@ from slipstream.kvcache.index import IndexParts, KeyIndex
 from slipstream.kvcache.pool import KVPool
 from slipstream.types import Batch, ModelSpec, Selection, nearest
 
-CHANNELS, LATENT_CHANNELS = 32, 128  # of labels by default; at most a quarter of a latent cache's row
+CHANNELS, LATENT_CHANNELS = 32, 256  # of labels by default; at most half of a latent cache's row
 AGGREGATES = ("sum", "max")  # of block scores, over the query heads of a KV head
 TOKEN_AGGREGATES = ("sum", "max", "peak")  # of softmax weights; peak: the largest logit, without a softmax
 
@@ -120,8 +120,8 @@ class Budgeted:
         """This config with what depends on the model filled in: ``channels`` where the user gave none."""
         if getattr(self, "channels", 0) is not None:
             return self
-        quarter = spec.head_dim // 8 * 2
-        return replace(self, channels=CHANNELS if spec.value_dim is None else min(LATENT_CHANNELS, quarter))  # type: ignore[call-arg]
+        half = spec.head_dim // 4 * 2
+        return replace(self, channels=CHANNELS if spec.value_dim is None else min(LATENT_CHANNELS, half))  # type: ignore[call-arg]
 
     def selector(self, pool: KVPool, spec: ModelSpec, index: KeyIndex | None) -> Selector:
         raise NotImplementedError
