@@ -92,7 +92,7 @@ def test_the_twins_write_the_same_text_and_wait_longer():
     for alpha in (0.0, 1.0):
         runs = run_schedules(alpha=alpha)
         assert texts(runs["async"][0]) == texts(runs["question"][0]) == texts(runs["turn"][0])
-    runs = run_schedules(alpha=0.4, samples=8, draft_concurrency=3)
+    runs = run_schedules(alpha=0.4, mode="per-question", samples=8, draft_concurrency=3)
     seconds = {name: run[1] for name, run in runs.items()}
     assert seconds["async"] < seconds["question"] <= seconds["turn"]
     waits = {name: sum(e.wait_s for e in of(run[0], TakenOver)) for name, run in runs.items()}

@@ -72,7 +72,7 @@ def test_kill_nine_in_mid_run_and_resume(tmp_path):
     )
     times = [e["at_s"] for e in found[1:]]
     assert times == sorted(times)
-    rejected, certificate = replay(read_tests(log), Conformal(alpha=0.3))
+    rejected, certificate = replay(read_tests(log), Conformal(alpha=0.3, mode="marginal"))
     assert rejected == [e["rejected"] for e in found if e["kind"] == "decided"]
     assert printed.strip() == str(certificate.as_dict())
 
@@ -205,7 +205,7 @@ def test_the_callback_sees_every_new_event(tmp_path):
 
 def test_the_certificate_of_a_run_is_that_of_its_stream():
     outcome, *_ = scale(ATTS(**SMALL), count=6)
-    controller = Controller(Conformal())
+    controller = Controller(Conformal(mode="marginal"))
     for event in outcome.events:
         if isinstance(event, Decided):
             assert controller.decide(event.question, event.turn, event.nll)[0] == event.number

@@ -23,8 +23,8 @@ class ATTS:
     """How problems are scaled: who writes, who verifies, how often, and what happens when something fails."""
 
     alpha: float = _help(0.3, "Share of tests that the target takes over; 0 is the draft alone, 1 the target alone.")
-    mode: str = _help("per-question", "per-question, marginal, static (the paper's) or coin (control).")
-    score: Any = _help("perplexity", "perplexity, worst-token, log-ratio, entropy, draft, grade; in Python any callable.")
+    mode: str = _help("marginal", "marginal, per-question, static (the paper's) or coin (control).")
+    score: Any = _help("worst-token", "worst-token, perplexity, log-ratio, entropy, draft, grade; or any callable.")
     takeover: str = _help("replace", "replace: the target writes a rejected turn anew; continue: it goes on behind it.")
     samples: int = _help(16, "Chains per question.")
     turns: int = _help(15, "Most turns per chain.")
