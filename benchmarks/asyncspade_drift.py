@@ -312,7 +312,8 @@ def main() -> None:
     for name in args.merge or ([args.json] if args.json and Path(args.json).exists() else []):
         known = json.loads(Path(name).read_text(encoding="utf-8"))
         report.points += known["points"]
-        report.notes |= {name: known[name] for name in notes}
+        where = ("device", "versions", "commit") if args.merge else ()
+        report.notes |= {name: known[name] for name in (*notes, *where)}
     done = {(row["part"], row["method"]) for row in report.points}
     items = [(p, m) for p in args.part.split(",") for m in (args.methods or ",".join(METHODS[p])).split(",")]
     shard, shards = (int(number) for number in args.shard.split("/"))

@@ -131,6 +131,7 @@ class Report:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
 
     def bar(self, name: str, value: float, limit: float, direction: str) -> None:
+        value = round(value, 9)  # .01 of a mean of hundredths is .01
         ok = value <= limit if direction == "<=" else value >= limit
         self.bars.append(
             {"name": name, "value": round(value, 4), "limit": limit, "direction": direction, "ok": bool(ok)}

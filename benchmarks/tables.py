@@ -197,6 +197,22 @@ def asyncspade_accuracy() -> str:
     return table(["method", "retrieval, 2k to 8k", "programs, 50 and 100 steps", "most lost to full in a cell"], lines)
 
 
+def sparse_probe() -> str:
+    """Recall of the oracle's tokens / attention mass: means over tasks and layers by length, then by layer at 8k."""
+    points = [p for p in load("h200/probe.json")["points"] if p["budget"] == "1/8"]
+    lengths, layers = (2048, 4096, 8192), list(points[0]["recall_by_layer"])
+    lines = []
+    for method in dict.fromkeys(p["method"] for p in points):
+        groups = [[p for p in points if p["method"] == method and f"={n} " in p["cell"]] for n in lengths]
+        cells = [[sum(p[name] for p in own) / len(own) for name in ("recall", "mass")] for own in groups]
+        cells += [
+            [sum(p[f"{name}_by_layer"][layer] for p in groups[-1]) / len(groups[-1]) for name in ("recall", "mass")]
+            for layer in layers
+        ]
+        lines.append([f"`{method}`", *(f"{recall:.2f} / {mass:.2f}" for recall, mass in cells)])
+    return table(["recall / mass", *(f"{n // 1024}k" for n in lengths), *(f"8k, layer {x}" for x in layers)], lines)
+
+
 def asyncspade_drift() -> str:
     """Gap to full attention, agreement of greedy tokens, overlap and repairs, by decoded tokens."""
     result = newest("asyncspade_drift.json")
@@ -287,7 +303,7 @@ ASYNCSPADE: dict[str, Callable[[], str]] = {
     "asyncspade-cost": asyncspade_cost,
     "asyncspade-h200": asyncspade_h200,
 }
-PAGES = {"README.md": TABLES, "docs/asyncspade.md": ASYNCSPADE}
+PAGES = {"README.md": TABLES, "docs/sparse.md": {"sparse-probe": sparse_probe}, "docs/asyncspade.md": ASYNCSPADE}
 
 
 def render(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
