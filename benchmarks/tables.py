@@ -197,6 +197,47 @@ def asyncspade_accuracy() -> str:
     return table(["method", "retrieval, 2k to 8k", "programs, 50 and 100 steps", "most lost to full in a cell"], lines)
 
 
+def atts_accuracy() -> str:
+    """pass@1, and the target's tokens as a share of the target alone's, by arm and alpha."""
+    points = [p for p in load("h200/atts_accuracy.json")["points"] if p["takeover"] == "replace"]
+    alone = {p["alpha"]: p for p in points if p["mode"] == "coin" and p["alpha"] in (0.0, 1.0)}
+    lines = []
+    for mode, score in dict.fromkeys((p["mode"], p["score"]) for p in points):
+        own = {p["alpha"]: p for p in points if (p["mode"], p["score"]) == (mode, score)}
+        cells = [f"{own[a]['pass@1']:.3f} ({own[a]['target_share']:.2f})" for a in (0.1, 0.2, 0.3, 0.5)]
+        lines.append(
+            [
+                f"`{mode}`" + (f", `{score}`" if score != "none" else ""),
+                *cells,
+                str(min(p["seeds"] for p in own.values())),
+            ]
+        )
+    lines.sort(key=lambda line: -float(line[3].split()[0]))
+    ends = [f"{alone[a]['pass@1']:.3f}" for a in (0.0, 1.0)]
+    lines += [["draft alone", ends[0], "", "", "", "5"], ["target alone", ends[1], "", "", "", "5"]]
+    return table(["pass@1 (share of tokens) at alpha", "0.1", "0.2", "0.3", "0.5", "seeds, at least"], lines)
+
+
+def latent_accuracy() -> str:
+    """Mean over the retrieval tasks that the model can do, by length and budget."""
+    points = [p for p in load("h200/accuracy_latent.json")["points"] if p["part"] == "retrieval"]
+    able = ("needle_single", "needle_multikey", "needle_multiquery", "variable_tracking")
+    lines = []
+    for method in dict.fromkeys(p["method"] for p in points):
+        cells = []
+        for length in (2048, 4096, 8192):
+            for budget in ("1/8", "1/16", "1/32"):
+                want = [
+                    p["accuracy"] for p in points
+                    if p["method"] == method and f"={length}" in p["cell"] and p["budget"] in (budget, "all", "1")
+                    and p["task"] in able and p["protocol"] == "A"
+                ]  # fmt: skip
+                cells.append(f"{sum(want) / len(want):.3f}" if len(want) == len(able) else "-")
+        lines.append([f"`{method}`", *cells])
+    head = [f"{length // 1024}k, {budget}" for length in (2048, 4096, 8192) for budget in ("1/8", "1/16", "1/32")]
+    return table(["accuracy", *head], lines)
+
+
 def sparse_probe() -> str:
     """Recall of the oracle's tokens / attention mass: means over tasks and layers by length, then by layer at 8k."""
     points = [p for p in load("h200/probe.json")["points"] if p["budget"] == "1/8"]
@@ -303,7 +344,12 @@ ASYNCSPADE: dict[str, Callable[[], str]] = {
     "asyncspade-cost": asyncspade_cost,
     "asyncspade-h200": asyncspade_h200,
 }
-PAGES = {"README.md": TABLES, "docs/sparse.md": {"sparse-probe": sparse_probe}, "docs/asyncspade.md": ASYNCSPADE}
+PAGES = {
+    "README.md": TABLES,
+    "docs/sparse.md": {"sparse-probe": sparse_probe, "latent-accuracy": latent_accuracy},
+    "docs/asyncspade.md": ASYNCSPADE,
+    "docs/atts.md": {"atts-accuracy": atts_accuracy},
+}
 
 
 def render(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:

@@ -59,7 +59,7 @@ def test_kernel(shape, kind, dtype, device):
 def test_any_tile(num_bytes, per_processor, monkeypatch, device):
     """One tile or many in a program."""
     monkeypatch.setattr(triton_score, "SCORE_TILE_BYTES", num_bytes)
-    monkeypatch.setattr(triton_score, "SCORE_PROGRAMS", per_processor)
+    monkeypatch.setattr(triton_score, "MAX_PROGRAMS", per_processor)
     monkeypatch.setattr(triton_score, "MIN_PROGRAMS", 0)
     args, defined, _ = _case((8, 2, 16, 32, 16, 2), "minmax", torch.float32, device, (1000, 0, 33, 700))
     _compare(args, ("minmax", 2, 1.0, "max", 1.0, 16), defined)

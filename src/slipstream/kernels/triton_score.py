@@ -17,10 +17,9 @@ from slipstream.kernels.launch import block_size as power_of_two
 from slipstream.kernels.launch import launch_options, num_processors
 
 # How work is cut for an H200; none of them moves a result beyond the order of sums.
-SCORE_TILE_BYTES = 16384  # summaries that a program multiplies at once
+SCORE_TILE_BYTES = 32768  # summaries in flight per program
 SCORE_WARPS = 4
 SCORE_STAGES = 3
-SCORE_PROGRAMS = 8  # per processor: no more than it holds at once
 WIDEST_ROW = 512  # elements of a row that a program holds at once, with the queries beside it
 WIDE_TILE, WIDE_COLUMNS, WIDE_STAGES = 64, 128, 4  # of a row that is wider (latent caches): blocks, columns at a time
 WIDE_PROGRAMS = 1  # per processor, where rows are wide: with fewer, tiles shrink
@@ -45,6 +44,7 @@ def _score_kernel(
     deviation,
     table_stride,
     num_scores,
+    tiles_per_program,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     PER_PAGE: tl.constexpr,
@@ -59,15 +59,15 @@ def _score_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (programs of a row, Hk, B). They take a row's tiles in turns, so that all share what is not behind its end:
-    tables are as wide as the longest request that may come."""
+    """Grid (chunks of tiles of the table's blocks, Hk, B)."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     head, request = tl.program_id(1), tl.program_id(2)
     num_whole = tl.load(lengths_ptr + request) // BLOCK_SIZE
-    number = tl.cdiv(tl.cdiv(num_whole, BLOCK_N) - tl.program_id(0), tl.num_programs(0))
-    if number > 0:
+    begin = tl.program_id(0) * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, tl.cdiv(num_whole, BLOCK_N))
+    if begin < end:
         # The statistics of a block lie side by side: one row of C * D, against a query widened likewise.
         wide = tl.arange(0, BLOCK_E)
         in_row = wide < NUM_STATS * DIM
@@ -84,8 +84,7 @@ def _score_kernel(
             q = x.to(q.dtype)
         table = table_ptr + request.to(tl.int64) * table_stride
         out = out_ptr + (request.to(tl.int64) * NUM_KV + head) * num_scores
-        for turn in range(0, number):
-            tile = tl.program_id(0) + turn * tl.num_programs(0)
+        for tile in range(begin, end):
             blocks = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             live = blocks < num_whole
             pages = tl.load(table + blocks // PER_PAGE, mask=live, other=0).to(tl.int64)
@@ -225,11 +224,10 @@ def score_blocks(
         )  # fmt: skip
         return out
     largest = tile_of(SCORE_TILE_BYTES, block_e * q.element_size())
-    tile, _, _ = cut(width, requests * num_kv, largest, q.device)
-    most = max(1, SCORE_PROGRAMS * num_processors(q.device) // (requests * num_kv))
-    _score_kernel[(min(triton.cdiv(width, tile), most), num_kv, requests)](
-        q, summaries, page_table, lengths, out, scale, deviation, page_table.stride(0), out.shape[2],
+    tile, per_program, programs = cut(width, requests * num_kv, largest, q.device)
+    _score_kernel[(programs, num_kv, requests)](
+        q, summaries, page_table, lengths, out, scale, deviation, page_table.stride(0), out.shape[2], per_program,
         BLOCK_E=block_e, BLOCK_N=tile, **shape,
-        **launch_options(q, num_warps=SCORE_WARPS, num_stages=SCORE_STAGES),
+        **launch_options(q, num_warps=SCORE_WARPS, num_stages=SCORE_STAGES if per_program > 1 else 2),
     )  # fmt: skip
     return out
