@@ -9,19 +9,15 @@ thrown away), so locality is the same for two_level and AsyncTLS, and known. ``o
 the embedded target chose in a task (``asynctls_accuracy.py --record``).
 
 Full attention and two_level do not depend on the cap but for the batch that fits, so each has one engine for all caps;
-its peak of device memory is given without the pages that the batch does not need. Pinning the host's memory takes most
-of a minute: all engines get the same piece.
-
-A mixture of experts reads more weights the more chains it decodes: ``weights_gb`` is what a step reads of them where
-tokens choose at random, ``context_gb`` what full attention reads beside that.
+its peak of device memory is given without the pages that the batch does not need. All engines get the same piece of
+pinned memory, which takes most of a minute. ``weights_gb`` is what a step reads of the weights (of a mixture's where
+tokens choose at random), ``context_gb`` what full attention reads beside them.
 
     PYTHONPATH=src python benchmarks/offload.py --json benchmarks/results/h200/offload.json
     PYTHONPATH=src python benchmarks/offload.py --shapes glm-4.7-flash --contexts 98304 --caps 8GiB --host 40GiB ...
     PYTHONPATH=src python benchmarks/offload.py --smoke        # a CPU, tiny shapes: that it runs, no bar means anything
-
 First come the points that bars are of: each shape at the first context, under the first cap, with each of ``--slots``
-(few slots are many chains, many slots few bytes a step), then other contexts and caps, first tokens and traces of the
-first shape. No point is begun after ``--time-limit-s``. The JSON is written after each.
+(few are many chains, many few bytes a step), then the rest. None is begun after ``--time-limit-s``; JSON after each.
 """
 
 from __future__ import annotations

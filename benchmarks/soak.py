@@ -119,18 +119,28 @@ def slope(points: list[tuple[int, float]]) -> float:
     return float(1000 * ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum().clamp(min=1))
 
 
-def options_of(method: str) -> dict[str, Any]:
+def options_of(label: str, memory: str) -> dict[str, Any]:
+    """memory: of the host, where KV is (``asynctls:offload``)."""
+    method, _, offload = label.partition(":")
     known = {option.name for option in fields(ATTENTION[method])}
-    return {"method": method} | {name: value for name, value in (SPARSE | PREVIOUS).items() if name in known}
+    moved = {"offload": True, "host_kv": memory} if offload else {}
+    return {"method": method} | {name: value for name, value in (SPARSE | PREVIOUS).items() if name in known} | moved
 
 
 def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One method's point, in a process of its own: what one leaves in memory is not the next one's."""
     cap_caches()
     dice = random.Random(args.seed)
-    options = {"max_model_len": 1600, "page_size": 16, "device": args.device, "attention": options_of(method)}
-    seats = LLM(args.model, **options).memory.fixed_bytes  # what a method keeps beside its pages
-    llm = LLM(args.model, **options, kv_memory=parse_bytes(args.kv_memory) + seats)
+    options = {
+        "max_model_len": 1600,
+        "page_size": 16,
+        "device": args.device,
+        "attention": options_of(method, args.kv_memory),
+    }
+    if not options["attention"].get("offload"):  # else the host's memory is the limit
+        seats = LLM(args.model, **options).memory.fixed_bytes  # what a method keeps beside its pages
+        options["kv_memory"] = parse_bytes(args.kv_memory) + seats
+    llm = LLM(args.model, **options)
     prompts = [[dice.randrange(16, 1000) for _ in range(dice.choice(LENGTHS))] for _ in range(24)]
     alone = SamplingParams(temperature=0, max_tokens=max(TOKENS), ignore_eos=True)
     truth = {tuple(ids): llm.generate(ids, alone)[0].outputs[0].token_ids for ids in prompts}
@@ -151,14 +161,15 @@ def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
     server.should_exit = True
     thread.join(60)
     pressed = stats["preemptions"] + stats["pages_left"]  # the latter where chains decode without pages
-    work = {name: stats[name] for name in ("sparse_rows", "tova_evicted_tokens") if name in stats}
+    work = {name: stats[name] for name in ("sparse_rows", "tova_evicted_tokens", "asynctls_bytes_in") if name in stats}
     check(method == "full" or sum(work.values()) > 0, f"{method}: every step was dense, it was never at work")
+    check("offload" not in options["attention"] or work["asynctls_bytes_in"] > 0, f"{method}: nothing was moved")
     check(pressed > 0, f"{method}: the cache was large enough for all, nothing was preempted")
     check(crowd.counts["left"] > 0 and crowd.counts["right"] > 0, f"{method}: nobody left, or nobody stayed")
     held = stats["running"] + stats["waiting"] + stats["pages_used"]
     every = max(1, len(crowd.memory) // 10)
     return {
-        **options_of(method), "requests": args.requests, "seconds": seconds, "preemptions": stats["preemptions"],
+        **options["attention"], "requests": args.requests, "seconds": seconds, "preemptions": stats["preemptions"],
         "pages_left": stats["pages_left"], **work,
         **crowd.counts, "held": held, "slope": slope(crowd.memory),
         "resident_mib": [round(mib) for _, mib in sorted(crowd.memory)[::every]],
@@ -168,7 +179,7 @@ def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="slipstream-draft")
-    parser.add_argument("--methods", default=",".join(ATTENTION), help="comma-separated names")
+    parser.add_argument("--methods", default=",".join(ATTENTION), help="comma-separated names, and asynctls:offload")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kv-memory", default="5MiB")
     parser.add_argument("--requests", type=int, default=2000)
