@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -257,3 +258,13 @@ def test_symbolic_answers_vote_together():
     answers = {e.answer for e in outcome.events if isinstance(e, Ended)}
     assert answers == {"0.5", r"\frac{1}{2}"} and all(e.correct for e in outcome.events if isinstance(e, Ended))
     assert summary(outcome)["pass@1"] == 1.0 and not [e for e in outcome.events if isinstance(e, Decided)]
+
+
+def test_engines_of_one_process_take_turns_sooner(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(sys, "getswitchinterval", lambda: 5e-3)
+    monkeypatch.setattr(sys, "setswitchinterval", set_to.append)
+    LocalBackend(None)
+    monkeypatch.setattr(sys, "getswitchinterval", lambda: 1e-4)
+    LocalBackend(None)
+    assert set_to == [5e-4, 1e-4]  # what is shorter already stays
