@@ -91,6 +91,12 @@ class Traced(LocalBackend):
         completion = await self._generator.extend(ids, params)
         return Turn(list(completion.token_ids), len(completion.token_ids), finish)
 
+    def counters(self) -> dict[str, float]:
+        """With the engine's steps, and the seconds that they kept its thread busy outside waits for the device."""
+        stats = self._generator.stats()
+        steps = {name: stats[name] for name in ("graph_replays", "eager_steps")}
+        return super().counters() | steps | {"host_s": stats["host_ms_mean"] * stats["steps"] / 1e3}
+
 
 class Simulated(Traced):
     """A stopwatch instead of an engine: seconds per token written, and per token read."""

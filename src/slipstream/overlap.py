@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -162,6 +163,18 @@ class StreamLane:
     def close(self) -> None:
         self._closed = True
         self.stream.synchronize()
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """What a thread launches within, on a stream of its own, after what the caller has launched so far.
+
+    All threads share a device's default stream: on it the steps of two engines wait for each other.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
 
 
 class PeerLane:

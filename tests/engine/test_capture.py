@@ -1,5 +1,6 @@
 """Decode steps as CUDA graphs: same tokens as eager steps, no hidden synchronisation, little host time."""
 
+import asyncio
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from slipstream.attention.backend import AttentionBackend
 from slipstream.attention.dense import DenseBackend
+from slipstream.engine.asynchronous import AsyncEngine
 from slipstream.engine.decode import BUCKETS
 from slipstream.engine.engine import Engine, EngineConfig
 from slipstream.engine.request import Request
@@ -152,3 +154,31 @@ def test_graphs_are_for_cuda_only():
     pool = KVPool(1, 4, 1, 4, 8, torch.float32)
     with pytest.raises(ValueError, match="CUDA device only"):
         Runner(Nothing(), pool, Nothing(), max_num_seqs=2, max_model_len=8, capture=True)
+
+
+@pytest.mark.gpu
+def test_engines_with_threads_of_their_own_do_not_share_a_stream():
+    """Two of them at once, with prompts between decode steps, each give what it gives alone."""
+    prompts = [[(7 * i + j) % 900 for j in range(20 + 60 * (i % 4))] for i in range(24)]
+    params = [SamplingParams(seed=i, max_tokens=40 + i, temperature=1.0) for i in range(24)]
+    engine = cuda_engine()
+    requests = [Request(ids, own) for ids, own in zip(prompts, params, strict=True)]
+    for request in requests:
+        engine.add(request)
+    while engine.has_work():
+        engine.step()
+    alone = [request.completions[0].token_ids for request in requests]
+    streams = []
+
+    async def main(generators):
+        for generator in generators:
+            generator._jobs.put(lambda: streams.append(torch.cuda.current_stream().cuda_stream))
+        asked = [g.generate(ids, own) for ids, own in zip(prompts, params, strict=True) for g in generators]
+        return [chains[0].token_ids for chains in await asyncio.gather(*asked)]
+
+    generators = [AsyncEngine(cuda_engine()) for _ in range(2)]
+    together = asyncio.run(main(generators))
+    for generator in generators:
+        generator.close()
+    assert together == [ids for ids in alone for _ in generators]
+    assert len(set(streams) - {torch.cuda.default_stream().cuda_stream}) == 2

@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 from slipstream.engine.engine import Engine
 from slipstream.engine.request import Event, Request, StopCheck
-from slipstream.overlap import ThreadLane
+from slipstream.overlap import ThreadLane, own_stream
 from slipstream.types import Completion, Delta, SamplingParams
 
 News = Event | BaseException
@@ -78,6 +78,7 @@ class AsyncEngine:
         self._lock = threading.Lock()  # of the listeners, and of why there are no more
         self._listeners: dict[str, _Listener] = {}
         self._over: BaseException | None = None
+        self._own_stream = own_stream(engine.device)
         self._lane = ThreadLane("engine")
         self._lane.submit(self._serve)
 
@@ -214,11 +215,12 @@ class AsyncEngine:
 
     def _serve(self) -> None:
         try:
-            while self._take_jobs():
-                if self._engine.has_work():
-                    self._deliver(self._engine.step())
-            self._end(_Closed("the engine was closed"))
-            self._engine.cancel_all()
+            with self._own_stream:
+                while self._take_jobs():
+                    if self._engine.has_work():
+                        self._deliver(self._engine.step())
+                self._end(_Closed("the engine was closed"))
+                self._engine.cancel_all()
         except BaseException as error:
             self._end(error)
             raise

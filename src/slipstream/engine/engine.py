@@ -66,7 +66,7 @@ class Engine:
         config = config or EngineConfig()
         on_cuda = pool.device.type == "cuda"
         max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.device = config, spec, pool.device
         self.overlap = on_cuda if config.overlap is None else config.overlap
         self.table = PageTable(pool.num_pages, pool.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(
