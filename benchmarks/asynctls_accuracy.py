@@ -40,13 +40,13 @@ from slipstream.kernels import sparse
 
 TASKS = ("needle_multikey", "needle_multiquery", "variable_tracking")
 LENGTHS = (2048, 4096, 8192, 16384)
-LONGEST_OF = {"needle_multiquery": 8192}  # beyond, the model itself fails
 # Tokens of a block; shares of the context: blocks, tokens; newest tokens that are always in.
 GEOMETRIES = {"tight": (16, 8, 16, 16), "wide": (64, 2, 16, 64)}
 GUARDED = "union, margin 0.5"  # the drift guard by scores
 ARMS = ("full", *CANDIDATES, GUARDED)
 FEWEST = 25  # problems from which on a cell says something of one point
-COUNTED = ("turned", "compared", "drift_selections", "urgent")
+COUNTED = ("turned", "returned", "compared", "drift_selections", "urgent")
+HELD = "held"  # a folder of its own: until 2026-11-22 a union took what was resident, whoever had loaded it
 ONSETS = {"needle": re.compile(r"\b\d{5}"), "variable": re.compile(r"@\w+")}
 
 
@@ -109,13 +109,15 @@ def forced(llm: LLM, problem: tasks.Problem) -> tuple[dict[str, Any], frozenset[
     return prompt | {"prompt_token_ids": ids}, frozenset(first + place - 1 for place in places)
 
 
-def measure(llm: LLM, modes: Modes, cell: Cell, indices: list[int], probed: int) -> dict[str, Any]:
-    """Answers to some problems of a cell under every arm; sums of recall, mass and rows of those below ``probed``."""
+def measure(
+    llm: LLM, modes: Modes, cell: Cell, indices: list[int], probed: int, arms: list[str]
+) -> dict[str, Any]:  # fmt: skip
+    """Answers to some problems of a cell under these arms; sums of recall, mass and rows of those below ``probed``."""
     problems = [cell.problem(index, 0) for index in indices]
     prompts = [split_prompt(llm, problem) for problem in problems]
     params = SamplingParams(temperature=0.0, max_tokens=160)
     line: dict[str, Any] = {"correct": {}, "counts": {}, "onset": {}, "other": {}}
-    for arm in ARMS:
+    for arm in arms:
         modes.choose(arm)
         before = llm.stats()
         outputs = llm.generate(prompts, params)
@@ -126,10 +128,11 @@ def measure(llm: LLM, modes: Modes, cell: Cell, indices: list[int], probed: int)
         rows = after["sparse_rows"] - before["sparse_rows"]
         line["counts"][arm]["selections"] = rows * llm.spec.num_layers * llm.spec.num_kv_heads
         assert (after["sparse_steps"] > before["sparse_steps"]) == (arm != "full"), f"{arm} was not what it says"
+        assert (line["counts"][arm]["returned"] > 0) == arm.startswith("union"), f"{arm} was not what it says"
     config, backend = llm.engine.backend.selector._config, llm.engine.backend
     selector = backend.selector
     probe = OnsetProbe(selector, backend.pool, llm.spec, config.budget, config.sink, config.recent, 1)
-    for arm in ARMS[1:]:
+    for arm in [arm for arm in arms if arm != "full"]:
         modes.choose(arm)
         probe.reset()
         backend.selector = probe
@@ -151,16 +154,15 @@ def work_of(args: argparse.Namespace) -> list[tuple[Cell, list[int]]]:
     for first in range(0, args.samples, args.batch):
         for length in args.lengths:
             for task in TASKS:
-                if length <= LONGEST_OF.get(task, length):
-                    cell = parse_cell(task, length, args.samples, "B")
-                    found.append((cell, list(range(first, min(first + args.batch, args.samples)))))
+                cell = parse_cell(task, length, args.samples, "B")
+                found.append((cell, list(range(first, min(first + args.batch, args.samples)))))
     return found
 
 
 def run(args: argparse.Namespace) -> None:
     began, engines = time.monotonic(), dict[int, tuple[LLM, Modes]]()
     shard, shards = (int(number) for number in args.shard.split("/"))
-    folder = args.work / args.geometry
+    folder = args.work / args.geometry / HELD
     folder.mkdir(parents=True, exist_ok=True)
     for number, (cell, indices) in enumerate(work_of(args)):
         path = folder / f"{cell.name.replace(' ', '_')}_{indices[0]}_{len(indices)}.json"
@@ -171,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
             llm = make(args, length)
             engines[length] = llm, Modes(llm)
         start = time.monotonic()
-        line = measure(*engines[length], cell, indices, args.probed)
+        line = measure(*engines[length], cell, indices, args.probed, args.arms)
         line |= {"cell": cell.name, "indices": indices, "device": str(engines[length][0].device)}
         path.write_text(json.dumps(line) + "\n", encoding="utf-8")
         right = " ".join(f"{arm} {sum(values)}" for arm, values in line["correct"].items())
@@ -182,7 +184,7 @@ def result(args: argparse.Namespace) -> None:
     """Of all that is in the folder: a point for each cell and arm, and the bar of issue 5."""
     report = Report("asynctls_accuracy", notes={"model": args.model, "geometry": args.geometry, "protocol": "B"})
     report.notes["block, blocks and budget of context, recent"] = GEOMETRIES[args.geometry]
-    lines = [json.loads(path.read_text()) for path in sorted((args.work / args.geometry).glob("*.json"))]
+    lines = [json.loads(path.read_text()) for path in sorted((args.work / args.geometry / HELD).glob("*.json"))]
     for name in (*dict.fromkeys(line["cell"] for line in lines), "all"):
         own = [line for line in lines if name in (line["cell"], "all")]
         arms = [arm for arm in ARMS if all(arm in line["correct"] for line in own)]
@@ -198,6 +200,7 @@ def result(args: argparse.Namespace) -> None:
             if arm != "full":
                 counts = {name: sum(line["counts"][arm][name] for line in own) for name in own[0]["counts"][arm]}
                 point["turnover"] = counts["turned"] / max(1, counts["compared"])
+                point["returned"] = counts["returned"] / max(1, counts["turned"])
                 point["waited"] = counts["drift_selections"] / counts["selections"]
                 for kind in ("onset", "other"):
                     sums = [sum(line[kind][arm][i] for line in own) for i in range(3)]
@@ -288,6 +291,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="problems of a cell")
     parser.add_argument("--batch", type=int, default=1, help="problems answered together; more for a GPU")
     parser.add_argument("--probed", type=int, default=2, help="problems of a cell whose recall is measured")
+    parser.add_argument("--arms", type=lambda text: text.split("|"), default=list(ARMS), help="split by |, current too")
     parser.add_argument("--kv-memory")
     parser.add_argument("--work", type=Path, default=Path("runs/asynctls"))
     parser.add_argument("--shard", default="0/1")

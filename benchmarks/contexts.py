@@ -9,6 +9,7 @@ locality helps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -21,6 +22,14 @@ def fill_pool(llm: LLM, seed: int = 0) -> None:
     for pages in (llm.pool.k, llm.pool.v):
         for layer in pages:
             layer.normal_(generator=generator)
+    if (keys := keys_of(llm)) is not llm.pool.k:
+        keys.copy_(llm.pool.k)
+
+
+def keys_of(llm: LLM) -> torch.Tensor:
+    """Those that an index is made of: on a cache rank's device, where there is one."""
+    far = getattr(llm.engine.backend, "far", None)
+    return llm.pool.k if far is None else far.replica.k
 
 
 def remember(llm: LLM, prompts: Sequence[Sequence[int]], *, index: bool = True) -> None:
@@ -43,8 +52,12 @@ def index_pages(llm: LLM, pages: Sequence[int], length: int) -> None:
     index = getattr(llm.engine.backend, "index", None)
     if index is None:
         return
-    row = torch.tensor([pages], dtype=torch.int32, device=llm.device)
-    start = torch.tensor([0, length], dtype=torch.int32, device=llm.device)
-    lengths = torch.tensor([length], dtype=torch.int32, device=llm.device)
-    for layer in range(llm.spec.num_layers):
-        index.extend(layer, llm.pool.k[layer], row, start, lengths, length)
+    keys = keys_of(llm)
+    row = torch.tensor([pages], dtype=torch.int32, device=keys.device)
+    start = torch.tensor([0, length], dtype=torch.int32, device=keys.device)
+    lengths = torch.tensor([length], dtype=torch.int32, device=keys.device)
+    with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():  # kernels of Triton go to the current one
+        for layer in range(llm.spec.num_layers):
+            index.extend(layer, keys[layer], row, start, lengths, length)
+    if keys.device != llm.pool.k.device:
+        torch.cuda.synchronize(keys.device)  # the lanes of that device know nothing of the stream that this ran on

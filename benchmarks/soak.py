@@ -35,9 +35,9 @@ from slipstream.server.app import bind, cap_caches, make_server
 from slipstream.server.config import ServerConfig
 
 LENGTHS, TOKENS = (20, 80, 300, 700), (4, 40, 120)
+WORK = ("sparse_rows", "tova_evicted_tokens", "asynctls_returned", "asynctls_lost_selections", "asynctls_bytes_in")
 # Small enough for these lengths to be at work: gate, budget, and blocks that a first level leaves out.
 SPARSE = {"budget": 128, "recent": 16, "min_context": 128, "block": 16, "blocks": 16}
-PREVIOUS = {"candidates": "previous"}  # `union` depends on what is resident, and that on who else runs
 
 
 def resident_mib() -> float:
@@ -124,7 +124,7 @@ def options_of(label: str, memory: str) -> dict[str, Any]:
     method, _, offload = label.partition(":")
     known = {option.name for option in fields(ATTENTION[method])}
     moved = {"offload": True, "host_kv": memory} if offload else {}
-    return {"method": method} | {name: value for name, value in (SPARSE | PREVIOUS).items() if name in known} | moved
+    return {"method": method} | {name: value for name, value in SPARSE.items() if name in known} | moved
 
 
 def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -161,9 +161,10 @@ def soak(method: str, args: argparse.Namespace) -> dict[str, Any]:
     server.should_exit = True
     thread.join(60)
     pressed = stats["preemptions"] + stats["pages_left"]  # the latter where chains decode without pages
-    work = {name: stats[name] for name in ("sparse_rows", "tova_evicted_tokens", "asynctls_bytes_in") if name in stats}
+    work = {name: stats[name] for name in WORK if name in stats}
     check(method == "full" or sum(work.values()) > 0, f"{method}: every step was dense, it was never at work")
     check("offload" not in options["attention"] or work["asynctls_bytes_in"] > 0, f"{method}: nothing was moved")
+    check(work.get("asynctls_returned") != 0, f"{method}: candidates were those of `previous`")
     check(pressed > 0, f"{method}: the cache was large enough for all, nothing was preempted")
     check(crowd.counts["left"] > 0 and crowd.counts["right"] > 0, f"{method}: nobody left, or nobody stayed")
     held = stats["running"] + stats["waiting"] + stats["pages_used"]

@@ -7,14 +7,16 @@ gives the log-probabilities of the first (bf16 noise), and by the counters every
 
     PYTHONPATH=src python benchmarks/tensor_parallel.py --json benchmarks/results/h200/tensor_parallel.json
 
-The JSON is written after every engine, and a run goes on from it. On a CPU, with ``--shape tiny``, processes take the
-place of GPUs; what that measures is nothing but this file.
+All arms go one way before any goes the next. The JSON is written after every point, and a run goes on from it; an
+engine that fails is noted there and does not stop the others. On a CPU, with ``--shape tiny`` (or ``tiny-latent``),
+processes take the place of GPUs; what that measures is nothing but this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +32,7 @@ from typing import Any
 
 import torch
 from accuracy import keep
-from asyncspade import TINY, attention_of
+from asyncspade import TINIES, attention_of
 from contexts import remember
 from decode import check_method, points_of
 from harness import Report, Timing, check, time_host
@@ -104,7 +107,7 @@ def make(args: argparse.Namespace, arm: str, way: str) -> LLM:
         attention["cache_device"] = "cuda:1" if torch.cuda.is_available() else "cpu"
     points = points_of(args.workloads)
     llm = LLM(
-        TINY if args.shape == "tiny" else SHAPES[args.shape],
+        (SHAPES | TINIES)[args.shape],
         load_format="dummy",
         attention=attention,
         max_model_len=max(context for _, context in points) + 1024,
@@ -118,7 +121,7 @@ def make(args: argparse.Namespace, arm: str, way: str) -> LLM:
 
 
 def measure(
-    args: argparse.Namespace, llm: LLM, arm: str, batch: int, context: int, begin: Callable[[], None]
+    args: argparse.Namespace, llm: LLM, arm: str, batch: int, context: int, begin: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Times of decode steps, in seconds, and what the counters say. begin: called when the first is about to run."""
     seed = 100 + context
@@ -139,13 +142,14 @@ def measure(
         after = llm.stats()
     moved = {name: after[name] - before[name] for name in after if isinstance(after[name], int) and name in before}
     if llm.device.type == "cuda":
-        check(moved["graph_replays"] >= args.steps, f"{arm}: the timed steps were not graph replays")
+        is_remote = getattr(llm.engine.backend, "replica", None) is not None  # which may not be captured
+        check(is_remote or moved["graph_replays"] >= args.steps, f"{arm}: the timed steps were not graph replays")
     if arm != "full":
         check(moved["sparse_rows"] >= args.steps * batch, f"{arm}: a timed step was dense")
     if "asyncspade_predictions" in moved:
         check(moved["asyncspade_predictions"] > 0, f"{arm}: nothing was predicted")
         check(moved.get("asyncspade_late", 0) == 0, f"{arm}: sets were not for the step that read them")
-    return {"times_s": times, "host_ms": statistics.median(host)}
+    return {"times_s": times, "host_ms": statistics.median(host), "graph_replays": moved["graph_replays"]}
 
 
 @contextmanager
@@ -191,44 +195,54 @@ def run_replica(args: argparse.Namespace, arm: str) -> None:
         print(json.dumps(measure(args, llm, arm, batch, context, ready)), flush=True)
 
 
+def run_replicas(report: Report, args: argparse.Namespace, arm: str) -> None:
+    """All points of one arm on two GPUs at the same time."""
+    with replica(args, arm) as process, make(args, arm, ONE) as llm:
+
+        def go() -> None:
+            assert process.stdin is not None
+            check(read(process) == {"ready": True}, "the replica said something else")
+            process.stdin.write("go\n")
+            process.stdin.flush()
+
+        for batch, context in points_of(args.workloads):
+            point(
+                report,
+                args,
+                arm,
+                REPLICAS,
+                batch,
+                context,
+                [measure(args, llm, arm, batch, context, go), read(process)],
+            )
+
+
 def run_engine(report: Report, args: argparse.Namespace, arm: str, way: str) -> None:
-    """All points of one arm spent one way."""
-    began = time.perf_counter()
-    if way == REPLICAS:
-        with replica(args, arm) as process:
-            with make(args, arm, ONE) as llm:
-                for batch, context in points_of(args.workloads):
-
-                    def go() -> None:
-                        assert process.stdin is not None
-                        check(read(process) == {"ready": True}, "the replica said something else")
-                        process.stdin.write("go\n")
-                        process.stdin.flush()
-
-                    found = [measure(args, llm, arm, batch, context, go), read(process)]
-                    point(report, arm, way, batch, context, found)
-    else:
-        with make(args, arm, way) as llm:
-            if way == TENSOR:
-                with llm._ranks.company.waiting():
-                    report.notes["sum_us"] = round(sum_us(llm._ranks, llm, llm.engine.config.max_num_seqs), 2)
-            if way != CACHE:  # far from its keys a sparse step needs more context than a budget
-                scores = report.notes["scores"]
-                scores.setdefault("all", check_method(llm, arm, args.budget, scores.get("all")))
-            for batch, context in points_of(args.workloads):
-                point(report, arm, way, batch, context, [measure(args, llm, arm, batch, context, lambda: None)])
-    print(f"-- {arm}, {way}: {time.perf_counter() - began:.0f} s", flush=True)
+    """All points of one arm spent another way."""
+    with make(args, arm, way) as llm:
+        if way == TENSOR:
+            with llm._ranks.company.waiting():
+                report.notes["sum_us"] = round(sum_us(llm._ranks, llm, llm.engine.config.max_num_seqs), 2)
+        if way != CACHE:  # far from its keys a sparse step needs more context than a budget
+            scores = report.notes["scores"]
+            scores.setdefault("all", check_method(llm, arm, args.budget, scores.get("all")))
+        for batch, context in points_of(args.workloads):
+            point(report, args, arm, way, batch, context, [measure(args, llm, arm, batch, context)])
 
 
-def point(report: Report, arm: str, way: str, batch: int, context: int, found: list[dict[str, Any]]) -> None:
+def point(
+    report: Report, args: argparse.Namespace, arm: str, way: str, batch: int, context: int, found: list[dict[str, Any]]
+) -> None:
     """found: of each replica. Their tokens add up; TPOT is that of the slower."""
     times = max((one["times_s"] for one in found), key=statistics.median)
     rate = sum(batch * len(one["times_s"]) / sum(one["times_s"]) for one in found)
     gpus = 1 if way == ONE else 2
     report.point(
         arm=arm, way=way, batch=batch, context=context, gpus=gpus, **Timing.of(times).fields("tpot"),
-        host_ms=round(found[0]["host_ms"], 4), tokens_per_s=round(rate, 2), tokens_per_s_per_gpu=round(rate / gpus, 2),
+        host_ms=round(found[0]["host_ms"], 4), graph_replays=found[0]["graph_replays"], tokens_per_s=round(rate, 2),
+        tokens_per_s_per_gpu=round(rate / gpus, 2),
     )  # fmt: skip
+    keep(report, args.json)
 
 
 def bars(report: Report) -> None:
@@ -246,8 +260,8 @@ def bars(report: Report) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen3-32b", choices=[*sorted(SHAPES), "tiny"])
-    parser.add_argument("--workloads", default=None, help="default: 8x32768; 2x512 for tiny")
+    parser.add_argument("--shape", default="qwen3-32b", choices=[*sorted(SHAPES), *TINIES])
+    parser.add_argument("--workloads", default=None, help="default: 8x32768; 2x512,1x256 for tiny ones")
     parser.add_argument("--arms", default="full,asyncspade")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--budget", type=int, default=1024)
@@ -257,7 +271,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", default=None)
     parser.add_argument("--replica", default=None, help="the arm, in the second process of the way 'replicas'")
     args = parser.parse_args()
-    args.workloads = args.workloads or ("2x512" if args.shape == "tiny" else "8x32768")
+    args.workloads = args.workloads or ("2x512,1x256" if args.shape in TINIES else "8x32768")
     check(set(args.ways.split(",")) <= set(WAYS), f"--ways are of {WAYS}")
     return args
 
@@ -280,23 +294,30 @@ def main() -> None:
         run_replica(args, args.replica)
         return
     report, began, longest = load_report(args), time.perf_counter(), 0.0
-    done = {(p["arm"], p["way"]) for p in report.points}
-    for arm in args.arms.split(","):
-        for way in args.ways.split(","):
-            if (arm, way) in done or (way == CACHE and not arm.startswith("asyncspade")):
-                continue
-            start = time.perf_counter()
-            if start - began + longest > args.time_limit_s:
-                print(f"time limit: {arm}, {way} is left for another run", flush=True)
-                continue
-            run_engine(report, args, arm, way)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            longest = max(longest, time.perf_counter() - start)
-            keep(report, args.json)
+    done = {(p["arm"], p["way"], f"{p['batch']}x{p['context']}") for p in report.points}
+    for way, arm in itertools.product(args.ways.split(","), args.arms.split(",")):
+        left = [name for name in args.workloads.split(",") if (arm, way, name) not in done]
+        if not left or (way == CACHE and not arm.startswith("asyncspade")):
+            continue
+        start = time.perf_counter()
+        if start - began + longest > args.time_limit_s:
+            print(f"time limit: {arm}, {way} is left for another run", flush=True)
+            continue
+        own = argparse.Namespace(**vars(args) | {"workloads": ",".join(left)})
+        try:
+            run_replicas(report, own, arm) if way == REPLICAS else run_engine(report, own, arm, way)
+        except Exception:  # noqa: BLE001 - the others are worth having; this one is in the result and the exit status
+            report.notes.setdefault("failed", {})[f"{arm}, {way}"] = traceback.format_exc()
+            print(traceback.format_exc(), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        longest = max(longest, time.perf_counter() - start)
+        print(f"-- {arm}, {way}: {time.perf_counter() - start:.0f} s", flush=True)
+        keep(report, args.json)
     bars(report)
     report.finish(args.json)
+    check("failed" not in report.notes, "not every engine ran to its end: see 'failed'")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ def test_methods():
     assert two.attention(512)["blocks"] == 64  # candidates are eight budgets
     assert Method.parse("two_level:blocks=40:block=32").attention(512)["blocks"] == 40  # unless they are given
     assert Method.parse("two_level:block=32").attention(512)["blocks"] == 128
+    far = Method.parse("asyncspade:cache_device=cuda:1:predictor=last").attention(512)
+    assert (far["cache_device"], far["predictor"]) == ("cuda:1", "last")
 
 
 @pytest.mark.parametrize("text, words", [

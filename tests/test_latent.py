@@ -233,7 +233,7 @@ LARGER = {"dtype": "bfloat16", "kv_memory": "256MiB", "page_size": 64, "max_num_
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["full", *methods(32)])
 def test_captured_steps_give_the_tokens_of_eager_ones(tiny, name):
-    """In bfloat16, with grouped products of experts: the same kernels, so the same bits."""
+    """In bfloat16, with one launch for all experts: the same kernels, so the same bits."""
     attention = methods(32)[name] | ({"channels": 32} if "two_level" in name else {}) if name != "full" else "full"
     found = []
     for graphs in (True, False):

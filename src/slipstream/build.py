@@ -223,7 +223,9 @@ def make_backend(
     spec: ModelSpec,
     num_seats: int,
     calibration: Calibration,
+    identity: ModelIdentity,
     network: CausalLM,
+    ranks: Ranks,
     stage: Stage | None = None,
 ) -> AttentionBackend:
     """The method of ``config``, over ``dense`` where it is dense. A calibration without tokens is made on the way.
@@ -232,7 +234,7 @@ def make_backend(
     KV is on the host.
     """
     if isinstance(config, Tova):
-        return TovaBackend(pool, spec, dense, config, num_seats)
+        return TovaBackend(pool, spec, dense, config, num_seats, ranks.sum if spec.own_heads is None else None)
     if isinstance(config, Full):
         return dense
     parts, index, online = config.index, None, None
@@ -251,7 +253,9 @@ def make_backend(
     if isinstance(config, AsyncSpade):
         path, mlp = config.predictor_file, None
         if path is not None:
-            mlp = QueryMLP.load(path, calibration.identity, config.rotate, pool.device)
+            mlp = QueryMLP.load(path, identity, config.rotate, pool.device)
+            if spec.own_heads is None:
+                mlp = mlp.part(ranks.share(spec.num_heads * ranks.count))
         predictor = Predictor(config, spec, num_seats, network.cos_sin, pool.device, mlp)
         return AsyncSpadeBackend(pool, spec, index, config, dense, at, num_seats, predictor, online)
     if isinstance(config, AsyncTLS):
@@ -263,10 +267,9 @@ def make_backend(
     return SparseBackend(pool, spec, index, selector, dense, at, config.dense_layers, config.unread, online)
 
 
-def has_a_cache_rank(config: Attention) -> bool:
-    """Whether steps must stay eager: a captured one cannot wait for another process, and over two GPUs the capture
-    itself fails in torch's allocator (torch 2.11, two H200s)."""
-    return isinstance(config, AsyncSpade) and config.is_remote
+def waits_for_a_process(config: Attention) -> bool:
+    """Whether steps must stay eager: a captured one cannot wait for another process."""
+    return isinstance(config, AsyncSpade) and config.cache_rank is not None
 
 
 def extra_bytes(config: Attention, spec: ModelSpec, num_seats: int) -> tuple[int, int]:
@@ -279,14 +282,14 @@ def extra_bytes(config: Attention, spec: ModelSpec, num_seats: int) -> tuple[int
     if isinstance(config, Full):
         return 0, 0
     config.check_model(spec)
-    seats = placement.seat_bytes(config, spec) * (num_seats + 1) if isinstance(config, AsyncSpade) else 0
-    return (0 if config.index is None else config.index.bytes_per_token(spec)), seats
+    seat = placement.seat_bytes(config, spec) if isinstance(config, AsyncSpade) else config.seat_bytes(spec)
+    return (0 if config.index is None else config.index.bytes_per_token(spec)), seat * (num_seats + 1)
 
 
 def place_on_host(
-    config: AsyncTLS, spec: ModelSpec, chosen: Options, device: torch.device
+    config: AsyncTLS, spec: ModelSpec, chosen: Options, device: torch.device, ranks: Ranks
 ) -> tuple[MemoryPlan, HostPool, Stage, int]:
-    """Pages on the host, a stage on the device, and how many chains the device has room for."""
+    """Pages on the host, a stage on the device, and how many chains the device has room for: the same on all ranks."""
     check_offload(config, device, chosen.cuda_graphs)
     asked = config.gpu_kv if config.gpu_kv is not None else chosen.kv_memory
     free = device_bytes(device, activation_bytes(spec, chosen.max_batch_tokens))
@@ -298,11 +301,13 @@ def place_on_host(
         config, spec, page_size=chosen.page_size, max_num_seqs=chosen.max_num_seqs, max_model_len=spec.max_position,
         device_bytes=room,
         more_seat_bytes=Predictor.seat_bytes(queries, spec) if config.candidates == "predicted" else 0,
+        num_ranks=ranks.count,
     )  # fmt: skip
-    config.check_seats(plan.num_seats)
-    memory = MemoryPlan(plan.num_pages, chosen.page_size, plan.host_bytes // plan.num_pages, plan.device_bytes)
-    pool = HostPool(spec, plan.num_pages, chosen.page_size, device, config.host_file)
-    return memory, pool, Stage(spec, plan.stage_pages, chosen.page_size, plan.num_seats, device), plan.num_seats
+    num_pages, num_seats = ranks.least(plan.num_pages), ranks.least(plan.num_seats)
+    config.check_seats(num_seats)
+    memory = MemoryPlan(num_pages, chosen.page_size, plan.host_bytes // plan.num_pages, plan.device_bytes)
+    pool = HostPool(spec, num_pages, chosen.page_size, device, config.host_file)
+    return memory, pool, Stage(spec, plan.stage_pages, chosen.page_size, num_seats, device), num_seats
 
 
 def build(model: Any, chosen: Options, ranks: Ranks | None = None) -> Parts:
@@ -346,52 +351,43 @@ def _build(model: Any, source: Any, chosen: Options, config: Attention, device: 
         config = config.for_model(spec)
     name = str(model) if isinstance(model, (str, Path)) else spec.architecture
     ranks.least(0)  # all have loaded; from here on they wait for each other for a step's time at most
-    whole_spec = replace(spec, num_kv_heads=spec.num_kv_heads * ranks.count)
+    splits_kv = spec.value_dim is None  # one latent is for the heads of all ranks
+    whole_spec = replace(spec, num_kv_heads=spec.num_kv_heads * (ranks.count if splits_kv else 1))
     identity = ModelIdentity.of(name, whole_spec, network.digest())
-    whole = find_calibration(getattr(config, "calibration", None), source, identity, device)
-    calibration = whole.part(ranks.share(identity.num_kv_heads))
+    calibration = find_calibration(getattr(config, "calibration", None), source, identity, device)
+    if splits_kv:
+        calibration = calibration.part(ranks.share(identity.num_kv_heads))
     per_token, fixed = extra_bytes(config, spec, chosen.max_num_seqs)
     codec = Codec.load(source) if isinstance(source, Path) else None
     pool: KVPool
     num_seats, stage = chosen.max_num_seqs, None
     if isinstance(config, AsyncTLS) and config.offload:
-        memory, pool, stage, num_seats = place_on_host(config, spec, chosen, device)
+        memory, pool, stage, num_seats = place_on_host(config, spec, chosen, device, ranks)
     else:
         memory = plan_memory(
-            spec,
-            page_size=chosen.page_size,
-            kv_memory=chosen.kv_memory,
-            device=device,
-            reserve_bytes=activation_bytes(spec, chosen.max_batch_tokens),
-            extra_bytes_per_token=per_token,
+            spec, page_size=chosen.page_size, kv_memory=chosen.kv_memory, device=device,
+            reserve_bytes=activation_bytes(spec, chosen.max_batch_tokens), extra_bytes_per_token=per_token,
             fixed_bytes=fixed,
-        )
+        )  # fmt: skip
         memory = replace(memory, num_pages=ranks.least(memory.num_pages))
-        pool = KVPool(
-            spec.num_layers,
-            memory.num_pages,
-            spec.num_kv_heads,
-            memory.page_size,
-            spec.head_dim,
-            dtype=spec.dtype,
-            device=device,
-            value_dim=spec.value_dim,
-        )
+        shape = (spec.num_layers, memory.num_pages, spec.num_kv_heads, memory.page_size, spec.head_dim)
+        pool = KVPool(*shape, dtype=spec.dtype, device=device, value_dim=spec.value_dim)
     engine_config = EngineConfig(
         max_num_seqs=num_seats,
         max_batch_tokens=chosen.max_batch_tokens,
         overlap=device.type == "cuda" if chosen.overlap is None else chosen.overlap,
-        cuda_graphs=chosen.cuda_graphs and not has_a_cache_rank(config),
+        cuda_graphs=chosen.cuda_graphs and not waits_for_a_process(config),
         urgent=chosen.urgent,
         prefix_cache=chosen.prefix_cache,
         seed=chosen.seed,
     )
     paged: Any = pool if stage is None else stage
-    dense = dense_backend(chosen.kernels, paged, spec, device)
+    own = replace(spec, num_heads=spec.own_heads[1] - spec.own_heads[0]) if spec.own_heads else spec
+    dense = dense_backend(chosen.kernels, paged, own, device)
     if network.config.latent is not None:
         dense = ExpandedPrompts(dense, paged, spec, network.config.latent.nope, network.config.latent.value)
         network.set_prompt_form(dense)
-    backend = make_backend(config, dense, pool, spec, num_seats, calibration, network, stage)
+    backend = make_backend(config, dense, pool, spec, num_seats, calibration, identity, network, ranks, stage)
     make_runner = ranks.make_runner if isinstance(ranks, Lead) else Runner
     engine = Engine(network, spec, pool, backend, engine_config, make_runner)
     return Parts(network, spec, memory, pool, backend, engine, codec, name, identity, ranks)

@@ -92,6 +92,10 @@ def parse_name(text: str, form: str) -> tuple[str, dict[str, Any]]:
     given: dict[str, Any] = {}
     for part in filter(None, rest.split(":")):
         key, equals, value = part.partition("=")
+        latest = next(reversed(given), "")
+        if not equals and isinstance(given.get(latest), str):
+            given[latest] += f":{part}"  # cache_device=cuda:1
+            continue
         if not equals:
             raise ValueError(f"cannot read {part!r} in {text!r}: write {form}")
         given[key] = _value(value)

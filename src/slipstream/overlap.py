@@ -181,7 +181,7 @@ class PeerLane:
     """A CUDA stream of another device, ``far``, and one beside the current one of this device, ``near``.
 
     Work finds both current: what it copies between the devices waits for no other stream, and no other waits for it.
-    The streams join at the end of each piece of work; a ticket is for both. Not for steps that are captured.
+    The streams join at the end of each piece of work; a ticket is for both. Not for use within a capture.
     """
 
     def __init__(self, near: torch.device, far: torch.device) -> None:

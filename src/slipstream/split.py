@@ -12,9 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from slipstream.asyncspade.config import AsyncSpade
-from slipstream.asynctls.config import AsyncTLS
 from slipstream.scale.lead import Lead
-from slipstream.selection.tova import Tova
 
 COMMAND = [sys.executable, "-m", "slipstream.rank"]
 
@@ -27,21 +25,11 @@ def check_methods(count: int, config: Any, device: torch.device) -> None:
             raise ValueError(
                 f"tensor_parallel_size = {count} needs as many GPUs from {device} on, and torch sees {there} in all"
             )
-    why = _obstacle(config)
-    if why:
-        raise ValueError(f"tensor_parallel_size = {count}: {why}")
-
-
-def _obstacle(config: Any) -> str | None:
-    if isinstance(config, Tova):
-        return "tova evicts a token for all heads of a layer together, which are not on one rank: use two_level"
-    if isinstance(config, AsyncTLS) and config.offload:
-        return "asynctls keeps KV on the host for one GPU only: set offload=False"
     if isinstance(config, AsyncSpade) and config.is_remote:
-        return "asyncspade's cache rank serves one inference rank only: drop cache_rank and cache_device"
-    if isinstance(config, AsyncSpade) and config.predictor_file is not None:
-        return "a predictor file is for all heads of a model, and is not split yet: use another predictor"
-    return None
+        raise ValueError(
+            f"tensor_parallel_size = {count}: asyncspade's cache rank serves one inference rank only: drop cache_rank "
+            "and cache_device"
+        )
 
 
 def start_ranks(model: Any, options: Mapping[str, Any], method: str, config: Any, device: torch.device) -> Lead:

@@ -41,7 +41,7 @@ KINDS = (
     ),
     ("attend", "attention|_decode_kernel|_split_kernel|_merge_kernel|BatchDecode|PagedKV|Persistent|_seat_kernel"),
     ("rope", "rope"),
-    ("linear", "gemm|nvjet|cutlass|gemv|splitk|linear"),
+    ("linear", "gemm|nvjet|cutlass|gemv|splitk|linear|experts"),
 )
 ROWS = {"predict": "ahead", "select": "ahead", "index": "ahead", "transfer": "link"}
 COLOURS = {

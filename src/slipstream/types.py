@@ -23,7 +23,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -221,6 +221,11 @@ class Selection(NamedTuple):
     rows: torch.Tensor | None = None
 
 
+def at_once(work: Callable[[], object]) -> None:
+    """``Batch.between`` of a step that is not being captured."""
+    work()
+
+
 @dataclass
 class Batch:
     """One step as the device sees it. All index tensors live on the model's device.
@@ -240,6 +245,8 @@ class Batch:
     heirs: (b, seat) for each seat that goes on from request ``b``'s KV after this step, its own seat first unless it
     decoded there already; only for a backend that uses seats. seated: seats whose chain is new; nothing that the
     backend keeps there is of use any more.
+    between: runs a piece of host code in the middle of the step: now, and where the step is captured in each replay of
+    it, between two graphs.
     """
 
     tokens: torch.Tensor
@@ -258,6 +265,7 @@ class Batch:
     graph_key: tuple[int, int] | None = None
     heirs: Sequence[tuple[int, int]] = ()
     seated: Sequence[int] = ()
+    between: Callable[[Callable[[], object]], object] = at_once
 
     @property
     def is_decode(self) -> bool:
@@ -279,6 +287,8 @@ class ModelSpec:
 
     value_dim: None where values have rows of their own, as wide as keys. A number where they are the first so many
     columns of the keys: a latent cache (MLA), of one row for all heads. softmax_scale: None means head_dim ** -0.5.
+    own_heads: where several ranks have the same latent cache, the query heads, first and end, that this one attends
+    with; it selects with all of them. None: with all.
     """
 
     architecture: str
@@ -293,6 +303,11 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     value_dim: int | None = None
     softmax_scale: float | None = None
+    own_heads: tuple[int, int] | None = field(default=None, repr=False)
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, Hq, D] of all query heads -> of those that this rank attends with, contiguous."""
+        return x if self.own_heads is None else x[:, slice(*self.own_heads)].contiguous()
 
     @property
     def scale(self) -> float:

@@ -12,6 +12,7 @@ from slipstream.asynctls import config as module
 from slipstream.asynctls.assembly import check_offload
 from slipstream.asynctls.config import plan_offload
 from slipstream.asynctls.offload import HostMemory, HostPool, HotBuffer, Stage, choose_lane
+from slipstream.asynctls.residency import Residency
 from slipstream.build import parse_attention
 from slipstream.kernels.ops import stored
 from slipstream.kvcache.index import KeyIndex
@@ -78,8 +79,11 @@ def test_a_plan_is_what_is_allocated(model):
         stage = Stage(spec, found.stage_pages, PAGE, found.num_seats, CPU)
         staged = size_of((stage.k._buffers, stage.v._buffers))
         assert hot.bytes == size_of((hot.k, hot.v))
-        entries = 4 * spec.num_layers * spec.num_kv_heads * found.num_pages * PAGE // config.block
-        used = index.bytes + hot.bytes + staged + entries
+        residency = Residency(
+            spec, num_pages=found.num_pages, page_size=PAGE, block=config.block, most=config.blocks, num_slots=slots,
+            num_seats=found.num_seats, device=CPU,
+        )  # fmt: skip
+        used = index.bytes + hot.bytes + staged + residency.bytes
         assert used <= found.device_bytes <= room and found.device_bytes - used < 0.05 * room
         assert found.host_bytes == pool.bytes == size_of((pool.k, pool.v)) and 1 <= found.num_seats <= 6
         assert sum(len(memory.bytes) for memory in pool._memory) == pool.bytes, "no more is pinned than is used"
@@ -122,7 +126,9 @@ def test_the_plan_of_a_large_latent_cache(monkeypatch):
     row = 47 * 576 * 2  # bytes of a token
     pages = 98816 // 64
     index = 64 * config.index.bytes_per_token(spec) + 4 * 47  # of a page, with the slot of its block in every layer
+    remembered = 4 * 47 * (128 + 1 + pages + 2 * 256)  # of a chain: a set, when it wanted which block, two for a slot
     expected = 2 * (pages + 1) * 64 * row // 47 + 64 * row + 4 * (256 + 1) * 64 * row + found.num_pages * index
+    expected += (4 + 1) * remembered
     assert found.num_seats == 4 and found.num_pages > 4 * pages
     assert found.device_bytes == expected <= 8 << 30 and found.host_bytes == found.num_pages * 64 * row
     with pytest.raises(ValueError, match="one chain of 98816 tokens needs"):

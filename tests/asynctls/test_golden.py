@@ -35,6 +35,8 @@ def test_offload_changes_no_token(model, mode, guard):
     assert stats["asynctls_bytes_in"] > 0 and stats["asynctls_bytes_out"] > 0
     residency = twins[1].backend.residency
     assert stats["asynctls_misses"] > residency.slots.key_of.numel(), "nothing ever had to give way"
+    assert (stats["asynctls_returned"] > 0) == (mode == "union")
+    assert stats["asynctls_lost_selections"] > 0 or mode != "union", "no candidate ever had to be fetched again"
     if mode != "current":
         ours = twins[0].backend.stats()
         assert {k: v for k, v in stats.items() if k in ours} == pytest.approx(ours)

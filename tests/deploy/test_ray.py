@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -253,6 +254,47 @@ def test_the_keeper_and_the_entrance_are_killed(deployed):
     wait_until(is_back, START_S)
     assert {row["pid"] for row in rows("target")} == before
     assert complete(http, "slipstream-target", prompt="add").status_code == 200
+
+
+def test_load_raises_replicas_and_idleness_lowers_them_again(nodes, tmp_path):
+    """By the wall clock: one, two while more is in flight than one is for, then one, with a client that never stops."""
+    pool = {"model": "slipstream-draft", "cpus": 0.2, "engine": ENGINE,
+            "replicas": {"least": 1, "most": 2, "chains": 2, "up_s": 1, "down_s": 3}}  # fmt: skip
+    front = CONFIG["entrance"] | {"port": 0, "slack": 0}  # so that a prompt does not stay where its KV is
+    found = run("deploy", write(tmp_path / "x.yaml", name="grown", pools={"a": pool}, entrance=front))
+    busy, served, over = threading.Event(), set(), threading.Event()
+
+    def replicas():
+        return [row["replica"] for row in room.status("grown")["pools"]["a"]["replicas"]]
+
+    def client(http, index, end):
+        body = {"prompt": [20 + index] * 9, "ignore_eos": True, "return_token_ids": True, "max_tokens": 150}
+        expected, asked = tokens(complete(http, "slipstream-draft", **body)), 1
+        while not end.is_set():
+            reply = complete(http, "slipstream-draft", **body)
+            assert tokens(reply) == expected
+            served.add(reply.headers["x-slipstream-replica"])
+            asked += 1
+        return asked
+
+    assert replicas() == ["a/0"]
+    with (
+        httpx.Client(base_url=found["entrance"], timeout=START_S, headers=AUTHORIZED) as http,
+        concurrent.futures.ThreadPoolExecutor(5) as threads,
+    ):
+        try:
+            clients = [threads.submit(client, http, i, busy if i else over) for i in range(5)]
+            wait_until(lambda: served == {"a/0", "a/1"} or any(one.done() for one in clients), START_S)
+            assert replicas() == ["a/0", "a/1"]
+            busy.set()
+            wait_until(lambda: replicas() == ["a/0"], START_S)
+            served.clear()
+            wait_until(lambda: served, START_S)
+        finally:
+            busy.set()
+            over.set()
+        assert all(one.result(START_S) > 2 for one in clients) and served == {"a/0"}
+    assert run("deploy", "--stop", "--name", "grown")["stopped"] >= 3
 
 
 def test_a_node_is_lost(deployed, nodes, problems, undisturbed, tmp_path):

@@ -87,6 +87,47 @@ def test_warmup_captures_every_bucket_and_disturbs_nobody():
     assert serve(engine, requests(1)) == serve(cuda_engine(overlap=False, cuda_graphs=False), requests(1))
 
 
+class Cutting(DenseBackend):
+    """Cuts each step in three, and adds to what it reads there what the host put there in between."""
+
+    def __init__(self, pool, spec):
+        super().__init__(pool, spec)
+        self.calls, self.sums = [], torch.zeros(spec.num_layers, device="cuda")
+        self.told = torch.zeros(1, device="cuda")
+
+    def attend(self, layer, q):
+        out = super().attend(layer, q)
+        self.sums[layer] += self.told[0]
+        self._batch.between(lambda: (self.calls.append(layer), self.told.add_(1)))
+        return out
+
+    def plan(self, batch):
+        super().plan(batch)
+        self._batch = batch
+
+
+@pytest.mark.gpu
+def test_a_step_in_several_graphs():
+    """The host's work between them happens in each step, and in the order in which it stands there."""
+    expected = serve(cuda_engine(overlap=False, cuda_graphs=False), requests(11))
+    network, spec = load_model(CONFIG, device="cuda", dtype="float32", load_format="dummy", seed=1)
+    pool = KVPool(spec.num_layers, 600, spec.num_kv_heads, 16, spec.head_dim, spec.dtype, "cuda")
+    backend = Cutting(pool, spec)
+    engine = Engine(network, spec, pool, backend, EngineConfig(max_num_seqs=12))
+    assert serve(engine, requests(11)) == expected
+    engine.table.forget()
+    before = engine.stats()
+    backend.calls.clear()
+    backend.told.zero_()
+    backend.sums.zero_()
+    assert serve(engine, requests(11)) == expected
+    stats = engine.stats()
+    steps = sum(stats[name] - before[name] for name in ("graph_replays", "eager_steps"))
+    assert stats["graph_replays"] - before["graph_replays"] > 20
+    assert backend.calls == [0, 1] * steps and backend.told.item() == 2 * steps
+    assert backend.sums.tolist() == [steps * (steps - 1), steps * steps]
+
+
 @pytest.mark.gpu
 def test_no_hidden_synchronisation_in_a_step():
     """Golden equality 7: launching steps, prompts and captured decodes alike, never waits for the device."""

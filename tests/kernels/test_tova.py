@@ -1,4 +1,4 @@
-"""TOVA: attention over seats and the slot to give up, kernel = reference = softmax head by head."""
+"""TOVA: attention over seats, what slots weigh and which to give up, kernel = reference = softmax head by head."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from slipstream.kernels import reference_select, triton_sparse, triton_tova
 FILLED = (1, 27, 0, 64, 65)
 # (Hq, Hk, D, slots)
 SHAPES = ((1, 1, 1, 65), (6, 2, 27, 65), (8, 1, 64, 113))
+
+
+def run(room, q, k, v, rows, filled, scale):
+    """Attention and victims, by the kernels or by the reference."""
+    out, weights = room.tova_attention(q, k, v, rows, filled, scale)
+    return out, room.lowest_slots(weights, filled)
 
 
 def _seats(shape, filled, dtype, device, seed=2):
@@ -28,11 +34,11 @@ def _seats(shape, filled, dtype, device, seed=2):
 
 
 def _expected(q, k, v, rows, filled, scale):
-    """The reference on the CPU in fp32; also the averaged weights, by fp64."""
-    out, victims = reference_select.tova_attention(
+    """The reference on the CPU in fp32."""
+    out, weights = reference_select.tova_attention(
         q.cpu().float(), k.cpu().float(), v.cpu().float(), rows.cpu(), filled.cpu(), scale
     )
-    return out.to(q.device, q.dtype), victims
+    return out.to(q.device, q.dtype), weights
 
 
 def _weights(q, k, row, n, scale):
@@ -43,9 +49,12 @@ def _weights(q, k, row, n, scale):
 
 def _check(inputs, scale):
     q, k, _, rows, filled = inputs
-    out, victims = triton_tova.tova_attention(*inputs, scale)
-    expected, _ = _expected(*inputs, scale)
+    out, found = triton_tova.tova_attention(*inputs, scale)
+    victims = triton_tova.lowest_slots(found, filled)
+    expected, others = _expected(*inputs, scale)
     assert victims.dtype == torch.int64
+    for own, other, n in zip(found.cpu(), others, filled.tolist(), strict=True):
+        torch.testing.assert_close(own[:n], other[:n], rtol=2e-2, atol=1e-5)
     assert_equal(out, expected, "attention")
     for b, n in enumerate(filled.tolist()):
         if not n:
@@ -66,7 +75,7 @@ def test_any_split(split, rank, monkeypatch, device):
     monkeypatch.setattr(triton_sparse, "LARGEST_SPLIT", split)
     monkeypatch.setattr(triton_sparse, "SMALLEST_SPLIT", split)
     monkeypatch.setattr(triton_tova, "MERGE_TILE", 4)
-    monkeypatch.setattr(triton_tova, "RANK_SCORES", rank)
+    monkeypatch.setattr(triton_tova, "WEIGH_SCORES", rank)
     _check(_seats((4, 2, 16, 113), (113, 16, 0, 17), torch.float32, device), 0.3)
 
 
@@ -76,17 +85,17 @@ def test_ties_go_to_the_lowest_slot(where, victim, device):
     q, k, v, rows, filled = _seats((4, 2, 16, 113), (113,), torch.float32, device)
     q[:], k[:] = 1.0, 0.5
     k[:, :, list(where)] = 0.25
-    for op in (triton_tova.tova_attention, reference_select.tova_attention):
-        assert op(q, k, v, rows, filled, 0.1)[1].tolist() == [victim]
+    for room in (triton_tova, reference_select):
+        assert run(room, q, k, v, rows, filled, 0.1)[1].tolist() == [victim]
 
 
 def test_nan_stays_in_its_request(device):
     """A NaN key makes that request NaN, with a victim that exists; the others do not feel it."""
     inputs = _seats((4, 2, 16, 65), (65, 40), torch.float32, device)
-    clean = triton_tova.tova_attention(*inputs, 0.3)
+    clean = run(triton_tova, *inputs, 0.3)
     inputs[1][inputs[3][0], 0, 3] = torch.nan
-    for op in (triton_tova.tova_attention, reference_select.tova_attention):
-        out, victims = op(*inputs, 0.3)
+    for room in (triton_tova, reference_select):
+        out, victims = run(room, *inputs, 0.3)
         assert out[0, :2].isnan().all() and victims[0] == 0
         assert_equal(out[1], clean[0][1], "attention")
         assert victims[1] == clean[1][1]
@@ -94,13 +103,13 @@ def test_nan_stays_in_its_request(device):
 
 def test_no_requests(device):
     q, k, v, rows, filled = _seats((4, 2, 16, 65), (5,), torch.float32, device)
-    out, victims = triton_tova.tova_attention(q[:0], k, v, rows[:0], filled[:0], 0.3)
+    out, victims = run(triton_tova, q[:0], k, v, rows[:0], filled[:0], 0.3)
     assert out.shape == (0, 4, 16) and victims.shape == (0,)
 
 
 def test_reference_is_softmax_head_by_head():
     q, k, v, rows, filled = inputs = _seats((6, 2, 16, 65), FILLED, torch.float32, torch.device("cpu"))
-    out, victims = reference_select.tova_attention(*inputs, 0.3)
+    out, victims = run(reference_select, *inputs, 0.3)
     for b, n in enumerate(FILLED):
         keys, values = (x[rows[b], :, :n].transpose(0, 1) for x in (k, v))
         torch.testing.assert_close(out[b], naive_attention(q[b], keys, values, 0.3) if n else torch.zeros(6, 16))

@@ -66,7 +66,7 @@ def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
     reference = latent_reference(latent_config("glm", initializer_range=0.05))
     model, spec = load_model(save(reference, tmp_path), device="cpu", dtype="bfloat16")
     tokens = tokens_of(5)
-    assert model.layers[1].mlp.correction.dtype == torch.float32  # type: ignore[union-attr]
+    assert model.layers[1].mlp.weights.correction.dtype == torch.float32  # type: ignore[union-attr]
     found, expected = PagedRun(model, spec, 1).step({0: tokens})[0], reference_logits(reference, tokens)
     # The mean, not the largest: where two experts are nearly level, rounding chooses the other one.
     assert (found.float() - expected).abs().mean() < 0.03 * expected.abs().max()

@@ -19,19 +19,29 @@ CONFIG = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 512, "vocab_size": 997,
     "max_position_embeddings": 4096, "tie_word_embeddings": False, "initializer_range": 0.1, "eos_token_id": 996,
 }  # fmt: skip
+LATENT = CONFIG | {
+    "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"], "num_key_value_heads": 8,
+    "q_lora_rank": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1, "initializer_range": 0.05,
+}  # fmt: skip
 SPARSE = {"budget": 256, "min_context": 256}
-METHODS = [
-    "full",
-    {"method": "two_level", **SPARSE, "blocks": 8},
-    {"method": "asyncspade", **SPARSE, "blocks": 8},
-    {"method": "asyncspade", **SPARSE, "blocks": 8, "predictor": "ridge"},
-    {"method": "quest", **SPARSE},
-]
+BLOCKS = {**SPARSE, "blocks": 8}
+METHODS = {
+    "full": "full",
+    "asyncspade": {"method": "asyncspade", **BLOCKS},
+    "two_level": {"method": "two_level", **BLOCKS},
+    "offload": {"method": "asynctls", **BLOCKS, "offload": True, "host_kv": "256MiB"},
+    "tova": {"method": "tova", "budget": 256},
+    "ridge": {"method": "asyncspade", **BLOCKS, "predictor": "ridge"},
+    "quest": {"method": "quest", **SPARSE},
+}
+OF_LATENTS = ("full", "asyncspade", "two_level", "offload", "tova")
 
 
-def load(count, **options):
+def load(count, config=CONFIG, **options):
     return LLM(
-        CONFIG, device="cuda", load_format="dummy", seed=3, max_model_len=2048, max_num_seqs=8, kv_memory="256MiB",
+        config, device="cuda", load_format="dummy", seed=3, max_model_len=2048, max_num_seqs=8, kv_memory="256MiB",
         tensor_parallel_size=count, **options,
     )  # fmt: skip
 
@@ -51,17 +61,25 @@ def answers(count, **options):
         return tokens, torch.tensor(scores), llm.stats()
 
 
-@pytest.mark.parametrize("case", range(len(METHODS)))
-def test_two_gpus_give_the_tokens_of_one(case):
-    one, scores, alone = answers(1, attention=METHODS[case])
-    two, split, both = answers(2, attention=METHODS[case])
+@pytest.mark.parametrize(
+    "config, name", [*((CONFIG, name) for name in METHODS), *((LATENT, name) for name in OF_LATENTS)],
+    ids=[*METHODS, *(f"latent-{name}" for name in OF_LATENTS)],
+)  # fmt: skip
+def test_two_gpus_give_the_tokens_of_one(config, name):
+    one, scores, alone = answers(1, config=config, attention=METHODS[name])
+    two, split, both = answers(2, config=config, attention=METHODS[name])
     assert two == one
-    assert (scores - split).abs().max() < 1e-4
-    assert both["graph_replays"] == alone["graph_replays"] and both.get("sparse_rows") == alone.get("sparse_rows")
+    # Labels have 4 bits: a last bit of a key may round one otherwise, and a token at a set's edge be in it or not.
+    apart, is_smooth = (scores - split).abs(), name in ("full", "tova", "quest")
+    assert apart.max() < (1e-4 if is_smooth else 0.1) and (apart < 1e-4).float().mean() > 0.9
+    for name in ("graph_replays", "sparse_rows", "tova_evicted_tokens", "asyncspade_predictions"):
+        assert both.get(name) == alone.get(name), name
+    assert both.get("sparse_rows", 101) > 100 and both.get("tova_evicted_tokens", 101) > 100
 
 
-def test_bfloat16_with_the_default_kernels_and_all_graphs_at_once():
-    with load(2, dtype="bfloat16") as llm:
+@pytest.mark.parametrize("config", [CONFIG, LATENT], ids=["heads", "latent"])
+def test_bfloat16_with_the_default_kernels_and_all_graphs_at_once(config):
+    with load(2, config, dtype="bfloat16") as llm:
         llm.engine.warmup()
         replays = llm.stats()["graph_replays"]
         outputs = llm.generate([[1, 2, 3], [4, 5]], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))

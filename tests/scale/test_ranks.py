@@ -8,10 +8,13 @@ import torch
 from decoder_harness import PagedRun, random_reference, relative_error, save, small_config
 
 from slipstream import LLM, SamplingParams
+from slipstream.asyncspade.mlp import QueryMLP
+from slipstream.kernels.reference_predict import MLPWeights
 from slipstream.models import checkpoint
 from slipstream.models.parallel import Ranks
 from slipstream.models.weights import load_model
 from slipstream.scale.group import Group
+from slipstream.types import ModelSpec
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
@@ -32,7 +35,9 @@ METHODS = [
     {"method": "quest", **SPARSE, "budget": 64, "block": 16},
     {"method": "double_sparsity", **SPARSE, "channels": 8},
     {"method": "two_level", **SPARSE, **LEVELS},
+    {"method": "tova", "budget": 32},
     {"method": "asynctls", **SPARSE, **LEVELS},
+    {"method": "asynctls", **SPARSE, **LEVELS, "offload": True, "host_kv": "8MiB", "lane": "thread"},
     {"method": "asyncspade", **SPARSE, **LEVELS},
     {"method": "asyncspade", **SPARSE, **LEVELS, "predictor": "analog", "lane": "thread"},
 ]
@@ -167,7 +172,7 @@ def answers(model, **options):
         return tokens, scores, llm.stats(), llm.identity
 
 
-CASES_OF_BOTH = [(QWEN, method) for method in METHODS] + [(LLAMA, METHODS[0]), (LLAMA, METHODS[6])]
+CASES_OF_BOTH = [(QWEN, method) for method in METHODS] + [(LLAMA, METHODS[0]), (LLAMA, METHODS[5]), (LLAMA, METHODS[8])]
 
 
 @pytest.mark.parametrize("case", range(len(CASES_OF_BOTH)))
@@ -181,9 +186,11 @@ def test_tokens_are_those_of_one_rank(thread_ranks, case):
     assert split == tokens
     assert max(abs(a - b) for a, b in zip(scores, split_scores, strict=True)) < TOLERANCE
     assert split_identity == identity
-    for name in ("steps", "preemptions", "sparse_rows", "asyncspade_predictions"):
+    for name in ("steps", "preemptions", "sparse_rows", "asyncspade_predictions", "tova_evicted_tokens"):
         assert both.get(name) == alone.get(name)
-    assert both["preemptions"] > 0 if attention == "full" else both["sparse_rows"] > 16
+    assert both["preemptions"] > 0 if attention == "full" else both.get("sparse_rows", 17) > 16
+    assert both.get("tova_evicted_tokens", 101) > 100
+    assert both.get("asynctls_bytes_in", 1) > 0
 
 
 def test_embedded_model_with_its_calibration(thread_ranks):
@@ -203,6 +210,21 @@ def test_embedded_model_with_its_calibration(thread_ranks):
         assert one == two
 
 
+def test_a_predictor_file_is_for_the_heads_of_all_ranks(thread_ranks, tmp_path):
+    options = {"load_format": "dummy", "seed": 2, "kv_memory": "2MiB"}
+    with LLM(QWEN, device="cpu", **options) as llm:
+        identity = llm.identity
+    shapes = (4, 16), (80, 12), (8, 12), (12, 16), (8, 16)
+    generator = torch.Generator().manual_seed(1)
+    parts = MLPWeights(*(torch.randn((2, *shape), generator=generator) * 0.3 for shape in shapes))
+    QueryMLP(identity, True, parts).save(tmp_path / "p")
+    attention = {"method": "asyncspade", **SPARSE, **LEVELS, "predictor": "mlp", "predictor_file": str(tmp_path / "p")}
+    one, scores, alone, _ = answers(QWEN, attention=attention, **options)
+    two, split, both, _ = answers(QWEN, attention=attention, tensor_parallel_size=2, **options)
+    assert one == two and max(abs(a - b) for a, b in zip(scores, split, strict=True)) < TOLERANCE
+    assert both["asyncspade_predictions"] == alone["asyncspade_predictions"] > 16
+
+
 def test_what_cannot_be_split_is_refused_by_name(monkeypatch, thread_ranks):
     def refusal(model=QWEN, **options):
         with pytest.raises(ValueError) as caught:
@@ -216,10 +238,7 @@ def test_what_cannot_be_split_is_refused_by_name(monkeypatch, thread_ranks):
         QWEN | {"intermediate_size": 97}, tensor_parallel_size=2
     )
     for attention, word in (
-        ({"method": "tova", "budget": 32}, "tova evicts"),
-        ({"method": "asynctls", "offload": True}, "offload=False"),
         ({"method": "asyncspade", "cache_rank": "127.0.0.1:1", "predictor": "last"}, "cache rank"),
-        ({"method": "asyncspade", "predictor": "mlp", "predictor_file": "x"}, "predictor file"),
     ):
         assert word in refusal(attention=attention, tensor_parallel_size=2)
     for bad in (0, -1, True, 1.5, "2"):
@@ -232,13 +251,6 @@ def test_what_cannot_be_split_is_refused_by_name(monkeypatch, thread_ranks):
         check_methods(2, None, torch.device("cuda:1"))
 
 
-def test_a_latent_cache_is_refused_by_name():
-    from latent_models import CASES, latent_config
-
-    with pytest.raises(ValueError, match="latent cache"):
-        load_model(latent_config(next(iter(CASES))), device="cpu", load_format="dummy", ranks=Part(0, 2))
-
-
 def test_a_calibration_needs_all_heads(thread_ranks):
     from slipstream import calibrate
 
@@ -247,3 +259,16 @@ def test_a_calibration_needs_all_heads(thread_ranks):
         with pytest.raises(ValueError, match="calibrate with tensor_parallel_size=1"):
             calibrate(llm, [[1, 2, 3]])
     assert Path(llm.identity.name).name == "Qwen3ForCausalLM"
+
+
+def test_ranks_share_the_host(monkeypatch):
+    """Each plans at the same time as the others, before anybody has taken anything."""
+    from slipstream.asynctls import config
+
+    monkeypatch.setattr(config, "available_host_bytes", lambda: 64 << 20)
+    spec = ModelSpec("x", 4, 64, 8, 8, 64, 100, 4096, torch.bfloat16)
+    given = {"page_size": 64, "max_num_seqs": 8, "max_model_len": 4096, "device_bytes": 1 << 30}
+    one, two = (config.plan_offload(config.AsyncTLS(offload=True), spec, num_ranks=n, **given) for n in (1, 2))
+    assert one.host_bytes == 32 << 20 and two.host_bytes == 16 << 20
+    with pytest.raises(ValueError, match="the host has only 33,554,432 bytes"):
+        config.plan_offload(config.AsyncTLS(offload=True, host_kv="33MiB"), spec, num_ranks=2, **given)

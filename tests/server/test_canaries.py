@@ -18,8 +18,10 @@ from ranks import MODEL  # noqa: E402
 
 BUDGET = {"budget": 24, "recent": 8, "min_context": 32}
 LEVELS = BUDGET | {"block": 8, "blocks": 6, "channels": 8}
-# Method, its options, and the counters that say it was at work. `union` depends on who else runs, so asynctls' own
-# default of candidates is not among these.
+OFFLOAD = LEVELS | {"offload": True, "host_kv": 40 * 4096}
+UNION = ("asynctls_turned", "asynctls_returned", "asynctls_hits")
+MOVED = (*UNION, "asynctls_misses", "asynctls_bytes_in", "asynctls_bytes_out")
+# Method, its options, and the counters that say it was at work.
 CANARIES = {
     "full": ({}, ()),
     "window": (BUDGET, ()),
@@ -30,18 +32,17 @@ CANARIES = {
     "two_level": (LEVELS, ()),
     "asyncspade": (LEVELS, ("asyncspade_predictions",)),
     "asyncspade in time": (LEVELS | {"predictor": "analog", "window": 16}, ("asyncspade_predictions",)),
-    "asynctls": (LEVELS | {"candidates": "previous"}, ("asynctls_turned", "asynctls_hits")),
-    "asynctls offload": (
-        LEVELS | {"candidates": "previous", "offload": True, "host_kv": 40 * 4096},
-        ("asynctls_turned", "asynctls_hits", "asynctls_misses", "asynctls_bytes_in", "asynctls_bytes_out"),
-    ),
+    "asynctls": (LEVELS, UNION),
+    "asynctls offload": (OFFLOAD, MOVED),
+    "asynctls offload, few slots": (OFFLOAD | {"slots": 1.25, "budget": 40}, MOVED),
 }
 ANSWER = {"max_tokens": 40, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
 def small_cache(method, options):
     """An engine with 40 pages of 8 tokens, whatever the method keeps beside them."""
-    settings = {"load_format": "dummy", "device": "cpu", "page_size": 8, "max_model_len": 256, "max_num_seqs": 8}
+    settings = {"load_format": "dummy", "device": "cpu", "page_size": 8, "max_model_len": 256}
+    settings["max_num_seqs"] = 3 if "slots" in options else 8  # few slots must be fewer than blocks
     settings["attention"] = {"method": method} | options
     if "offload" in options:
         return LLM(MODEL, **settings)

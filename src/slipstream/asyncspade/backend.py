@@ -124,12 +124,16 @@ class AsyncSpadeBackend(SparseBackend):
             self._tickets = []
             self._submit(_nothing).wait()
         if self.config.is_ahead and batch.seated:
-            assert self.predictor is not None
-            self.predictor.reset(batch.seated)
-            self.sets.reset(batch.seated)
+            self._forget(batch.seated)
         super().plan(batch)
         if self.config.is_ahead:
             self._plan_ahead(batch)
+
+    def _forget(self, seats: Sequence[int]) -> None:
+        """New chains sit there."""
+        assert self.predictor is not None
+        self.predictor.reset(seats)
+        self.sets.reset(seats)
 
     def _plan_ahead(self, batch: Batch) -> None:
         self._work, variant = None, batch.variant if batch.num_decodes else DENSE
@@ -203,9 +207,9 @@ class AsyncSpadeBackend(SparseBackend):
 
     def _repair(self, layer: int, q: Tensor, out: Tensor) -> None:
         """Where prediction failed, by KV head: select again and attend to that, or attend to everything instead."""
-        batch, k, v = self._decodes, self.pool.k[layer], self.pool.v[layer]
+        own, batch, k, v = self.spec.own(q), self._decodes, self.pool.k[layer], self.pool.v[layer]
         assert batch is not None and self._threshold is not None
-        (count, num_heads, dim), num_kv = q.shape, self.spec.num_kv_heads
+        (count, num_heads, dim), num_kv = own.shape, self.spec.num_kv_heads
         if layer == self.dense_layers:
             if self.config.repair == "dense":  # each head is a request of its own
                 heads = torch.arange(num_kv, dtype=torch.int32, device=q.device)
@@ -221,11 +225,11 @@ class AsyncSpadeBackend(SparseBackend):
             torch.amax(flagged, 1, out=self._repaired_lengths)  # a request selects for all its heads, or not at all
             indices, counts, _ = self._again.select(layer, q)
             counts = counts * (flagged > 0)
-            sparse.sparse_attention(q, k, v, batch.page_table, indices, counts, self.spec.scale, out)
+            sparse.sparse_attention(own, k, v, batch.page_table, indices, counts, self.spec.scale, out)
             return
         rows = (count * num_kv, num_heads // num_kv, dim)
         ops.decode_attention(
-            q.view(rows), k.view(-1, 1, *k.shape[2:]), v.view(-1, 1, *v.shape[2:]), self._head_table, self._flagged,
+            own.view(rows), k.view(-1, 1, *k.shape[2:]), v.view(-1, 1, *v.shape[2:]), self._head_table, self._flagged,
             self.spec.scale, out.view(*rows[:2], -1),
         )  # fmt: skip
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from slipstream.asyncspade.config import AsyncSpade
+from slipstream.asyncspade.far_side import keys_only
 from slipstream.asyncspade.mlp import QueryMLP
 from slipstream.asyncspade.predictor import Predictor
 from slipstream.asyncspade.protocol import Kind, ProtocolError
-from slipstream.asyncspade.two_devices import keys_only
 from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.plan import MemoryPlan
 from slipstream.kvcache.pool import KVPool

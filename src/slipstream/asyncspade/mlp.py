@@ -63,6 +63,11 @@ class QueryMLP:
     def layer(self, layer: int) -> MLPWeights:
         return MLPWeights(*(part[layer] for part in self.parts))
 
+    def part(self, heads: slice) -> QueryMLP:
+        """For some of the query heads only: a rank's."""
+        biases = {name: getattr(self.parts, name)[:, heads].contiguous() for name in ("up_bias", "down_bias")}
+        return QueryMLP(self.identity, self.rotate, self.parts._replace(**biases))
+
     def save(self, path: str | Path) -> None:
         facts = {"schema": SCHEMA, "rotate": self.rotate, **asdict(self.identity)}
         tensors = {name: part.contiguous().cpu() for name, part in self.parts._asdict().items()}

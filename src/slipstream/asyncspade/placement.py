@@ -11,6 +11,7 @@ from slipstream.asyncspade.hello import Hello
 from slipstream.asyncspade.packed import PackedBackend
 from slipstream.asyncspade.rank_link import RankLink, Refused
 from slipstream.asyncspade.remote import RemoteBackend
+from slipstream.asyncspade.two_devices import TwoDeviceBackend
 from slipstream.attention.backend import AttentionBackend
 from slipstream.attention.calibration import Calibration
 from slipstream.kvcache.pool import KVPool
@@ -76,6 +77,8 @@ def _check(config: AsyncSpade, spec: ModelSpec, calibration: Calibration) -> Non
 
 def seat_bytes(config: AsyncSpade, spec: ModelSpec) -> int:
     """Memory of one seat on the inference rank, wherever the cache rank is."""
+    if config.cache_device is not None:
+        return TwoDeviceBackend.seat_bytes(config, spec)
     if config.cache_rank is None:
         return AsyncSpadeBackend.seat_bytes(config, spec)
     kind = RemoteBackend if config.transfer == "indices" else PackedBackend

@@ -22,10 +22,10 @@ from torch import Tensor
 from slipstream.asyncspade import channel
 from slipstream.asyncspade.cache_rank import Answer, CacheRank
 from slipstream.asyncspade.channel import ChannelLost, TcpChannel
+from slipstream.asyncspade.far_side import keys_only
 from slipstream.asyncspade.hello import Hello, agreed
 from slipstream.asyncspade.mlp import QueryMLP
 from slipstream.asyncspade.protocol import Kind, Message, ProtocolError, Sizes, text_tensor
-from slipstream.asyncspade.two_devices import keys_only
 from slipstream.attention.calibration import ModelIdentity
 from slipstream.kvcache.plan import plan_memory
 

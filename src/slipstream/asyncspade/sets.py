@@ -57,6 +57,11 @@ class StoredSets(Selector):
         """
         predict.store_sets(selection.indices, selection.counts, seats, lengths, self.indices[layer], self.counts[layer])
 
+    def store_part(self, layers: range, indices: Tensor, counts: Tensor, seats: Tensor) -> None:
+        """What :meth:`store` made elsewhere of some layers: [l, B, Hk, K] and [l, B, Hk] int32. seats: [B] int64."""
+        for own, part in ((self.indices, indices), (self.counts, counts)):
+            own[layers.start : layers.stop].index_copy_(1, seats, part)
+
     def inherit(self, source: Tensor, target: Tensor) -> None:
         """Copies for other seats. source, target: [n] int64."""
         for store in (self.indices, self.counts):

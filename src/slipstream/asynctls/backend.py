@@ -113,7 +113,7 @@ class OffloadBackend(AsyncTLSBackend):
 
     def __init__(self, *args: Any, hot: HotBuffer, stage: Stage, lane: Lane, transfer: str, **named: Any) -> None:
         super().__init__(*args, **named)
-        assert self.gate <= self.residency.sets.shape[3] * self.residency.block, "what is dense must fit in slots"
+        assert self.gate <= self.residency.most * self.residency.block, "what is dense must fit in slots"
         self.dense, self.selector.mover = StagedPrompts(self.dense, stage), self
         self.hot, self.stage, self._lane, self.prefill_pages = hot, stage, lane, stage.num_pages
         # A device gives slots away beside the choice of tokens, and the lane is kept busy by nothing but copies.
@@ -294,8 +294,9 @@ class OffloadBackend(AsyncTLSBackend):
             self._submit(residency.copy_between, self.hot.tails(layer), self.pool.layer(layer), self._seats, self._full)
         # Every KV head of a request is a request of its own: its blocks are elsewhere than those of the others.
         k, v = (store.unsqueeze(1) for store in self.hot.layer(layer))
-        heads = q.view(len(q) * num_kv, -1, q.shape[-1])
-        out = q.new_empty((*q.shape[:2], v.shape[-1]))
+        own = self.spec.own(q)
+        heads = own.view(len(q) * num_kv, -1, q.shape[-1])
+        out = q.new_empty((*own.shape[:2], v.shape[-1]))
         if self._form != SPARSE:
             lengths = self._lengths[-1]
             self.fetch(layer, self.residency.find_all(layer, batch, lengths))

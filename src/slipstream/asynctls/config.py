@@ -24,16 +24,19 @@ _HOST_SHARE = 0.5  # of the available host memory, where nobody says how much
 class AsyncTLS(TwoLevel):
     """Two-level selection whose tokens come from blocks that are on the device already; the others are on their way.
 
-    A step selects tokens inside the blocks of the step before (``previous``, the paper's), inside those and whatever
-    is resident of its own (``union``), inside those that AsyncSpade's predicted query chose (``predicted``), or waits
-    for its own (``current``: :class:`TwoLevel`). A chain's first step waits, too. With ``offload`` the KV is on the
-    host; the device holds the index, ``slots`` x ``blocks`` blocks for each chain, and the newest page of each chain.
+    A step selects tokens inside the blocks of the step before (``previous``, the paper's), inside those and what of its
+    own the chain has wanted lately (``union``: as many as ``slots`` x ``blocks``), inside those that AsyncSpade's
+    predicted query chose (``predicted``), or waits for its own (``current``: :class:`TwoLevel`). A chain's first step
+    waits, too. With ``offload`` the KV is on the host; the device holds the index, ``slots`` x ``blocks`` blocks for
+    each chain, and the newest page of each chain. Who else runs decides how long a step takes, never what it selects.
     """
 
     candidates: str = option("union", "blocks that tokens come from: 'previous', 'predicted', 'union' or 'current'")
     offload: bool = option(False, "keep KV on the host; the device holds the index and what is about to be attended")
     gpu_kv: int | str | None = option(None, "device memory for all that, bytes or '16GiB'; default: kv_memory")
-    host_kv: int | str | None = option(None, "host memory for KV, bytes or '64GiB'; default: half of what is free")
+    host_kv: int | str | None = option(
+        None, "host memory for KV (of each GPU that shares the model), bytes or '64GiB'; default: half of what is free"
+    )
     host_file: str | None = option(None, "directory of a file that is the host memory instead, on a CPU")
     slots: float = option(2.0, "blocks on the device for each chain, as a multiple of blocks; at least 1.25")
     predictor: str = option("analog", "for candidates 'predicted': 'ridge', 'analog', 'last', 'mean' or 'ema'")
@@ -75,6 +78,13 @@ class AsyncTLS(TwoLevel):
         """Slots of one layer and KV head."""
         return ceil(self.slots * self.blocks) * num_seats
 
+    def seat_bytes(self, spec: ModelSpec) -> int:
+        """Its set, when it wanted which block, and what is in its slots."""
+        if self.candidates == "current" and not self.offload:
+            return 0
+        places = self.blocks + 1 + -(-spec.max_position // self.block) + 2 * self.num_slots(1)
+        return 4 * spec.num_layers * spec.num_kv_heads * places
+
     def check_seats(self, num_seats: int) -> None:
         """``ValueError`` for more chains than the kernels that choose slots can see at once."""
         most = MOST_SLOTS // ceil(self.slots * self.blocks)
@@ -109,20 +119,22 @@ def plan_offload(
     max_model_len: int,
     device_bytes: int,
     more_seat_bytes: int = 0,
+    num_ranks: int = 1,
 ) -> OffloadPlan:
     """Share ``device_bytes`` and the host's memory out: as many chains as have a place on the device, and then pages.
 
-    Every chain is priced with its slots, its tail, ``more_seat_bytes`` and the index of ``max_model_len`` tokens.
+    Every chain is priced with slots, tail, ``seat_bytes`` and more, and the index of ``max_model_len`` tokens.
+    num_ranks: who take as much of the host each, and ask at the same time.
     Raises ``ValueError`` when not one chain fits, or when the host has not what was asked for.
     """
     page_bytes = page_size * spec.kv_bytes_per_token()
     longest = -(-max_model_len // page_size)
     slot_bytes = config.block * spec.kv_bytes_per_token()  # of one slot in every layer and head
-    seat_bytes = config.num_slots(1) * slot_bytes + page_bytes + more_seat_bytes
+    seat_bytes = config.num_slots(1) * slot_bytes + page_bytes + config.seat_bytes(spec) + more_seat_bytes
     entries = 4 * spec.num_layers * spec.num_kv_heads * page_size // config.block
     index_bytes = page_size * config.index.bytes_per_token(spec) + entries  # of one page
     stage_bytes = 2 * (longest + -(-max_num_seqs // page_size)) * page_bytes // spec.num_layers
-    fixed = stage_bytes + page_bytes  # the null seat has a tail and no slots
+    fixed = stage_bytes + page_bytes + config.seat_bytes(spec)  # the null seat has a tail and no slots
     one = fixed + seat_bytes + (longest + 1) * index_bytes
     if device_bytes < one:
         raise ValueError(
@@ -130,7 +142,7 @@ def plan_offload(
             f"{config.block} tokens, index, stage), but only {device_bytes:,} are given: raise gpu_kv, or lower blocks "
             "or max_model_len"
         )
-    host = _host_bytes(config, page_bytes, max_num_seqs * longest + 1)
+    host = _host_bytes(config, page_bytes, max_num_seqs * longest + 1, num_ranks)
     host_pages = host // page_bytes
     if host_pages < 2:
         raise ValueError(
@@ -143,12 +155,12 @@ def plan_offload(
     return OffloadPlan(num_pages, num_seats, longest, used, num_pages * page_bytes)
 
 
-def _host_bytes(config: AsyncTLS, page_bytes: int, most_pages: int) -> int:
+def _host_bytes(config: AsyncTLS, page_bytes: int, most_pages: int, num_ranks: int) -> int:
     """Bytes that the host is to give: no more than all chains can use."""
     useful = most_pages * page_bytes
     if config.host_file is not None:
         return useful if config.host_kv is None else min(useful, parse_bytes(config.host_kv))
-    free = available_host_bytes()
+    free = available_host_bytes() // num_ranks
     if config.host_kv is None:
         return min(useful, int(free * _HOST_SHARE))
     asked = parse_bytes(config.host_kv)

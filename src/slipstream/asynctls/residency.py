@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import residency as kernels
-from slipstream.kernels.residency import CLOCK, COUNTERS, Slots
+from slipstream.kernels.residency import CLOCK, COUNTERS, History, Slots
 from slipstream.types import Batch, ModelSpec
 
 NEVER = 2.0  # no share of blocks is larger
@@ -25,10 +25,12 @@ class Residency:
     """State and steps. num_slots: of each layer and head, more than ``most`` blocks for each of ``num_seats``.
 
     What is above ``most`` may be blocks of a union, or of the next step. Where it is not enough, blocks of the next
-    step are not brought in ahead, and it waits for them.
+    step are not brought in ahead, and it waits for them. What a step attends always has its slots: a chain has no more
+    candidates in full pages than its share, ``most`` of a set and share - ``most`` of a union (a dense one has
+    ``most`` blocks), no step has more chains than seats, and what comes ahead is given slots after them.
 
-    sets: [L, M + 1, Hk, most] int32, what each seat's next step was expected to want; made_for: [L, M + 1, Hk] int32,
-    the length that this was said for, 0 for none. tick: [1] int32, counts steps.
+    history: what each of the M seats, and the null seat, has wanted, with [L, ...] in front. tick: [1] int32, counts
+    steps.
     """
 
     def __init__(
@@ -43,9 +45,9 @@ class Residency:
         num_seats: int,
         device: torch.device,
     ) -> None:
-        assert page_size % block == 0 and num_slots > most * num_seats
+        self.most, self._share = most, num_slots // num_seats
+        assert page_size % block == 0 and self._share > most
         self.block, self.per_page, self.num_slots = block, page_size // block, num_slots
-        self._extra = num_slots // num_seats - most
         heads = (spec.num_layers, spec.num_kv_heads)
 
         def full(value: int, *shape: int) -> Tensor:
@@ -54,10 +56,10 @@ class Residency:
         self.slots = Slots(
             full(-1, *heads, num_pages * self.per_page), full(-1, *heads, num_slots), full(0, *heads, num_slots)
         )
-        self.sets = full(-1, heads[0], num_seats + 1, heads[1], most)
-        self.made_for = full(0, heads[0], num_seats + 1, heads[1])
+        seats = (heads[0], num_seats + 1, heads[1])
+        self.history = History(full(-1, *seats, most), full(0, *seats), full(0, *seats, -(-spec.max_position // block)))
         # What a selection that no later step goes by is noted in.
-        self._blank = (torch.full_like(self.sets[0], -1), torch.zeros_like(self.made_for[0]))
+        self._blank = History(full(-1, *seats[1:], most), full(0, *seats[1:]), self.history.wanted_at[0])
         self.tick = full(0, 1)
         sizes = (len(COUNTERS), len(_CLAIMS), CLOCK, CLOCK, 1)
         self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
@@ -73,7 +75,7 @@ class Residency:
     @property
     def bytes(self) -> int:
         """Size of all state in bytes."""
-        return sum(x.numel() * x.element_size() for x in (*self.slots, self.sets, self.made_for))
+        return sum(x.numel() * x.element_size() for x in (*self.slots, *self.history))
 
     def _layer(self, layer: int) -> Slots:
         return Slots(*(x[layer] for x in self.slots))
@@ -81,17 +83,18 @@ class Residency:
     # -- once per step
 
     def reset(self, seats: Sequence[int]) -> None:
-        """Other chains have taken these seats: what was expected of the ones before is void."""
+        """Other chains have taken these seats: what the ones before wanted is void."""
         if seats:
-            device = self.made_for.device
-            rows = torch.tensor(seats, dtype=torch.int64, pin_memory=device.type == "cuda")
-            self.made_for.index_fill_(1, rows.to(device, non_blocking=True), 0)
+            device = self.tick.device
+            pinned = torch.tensor(seats, dtype=torch.int64, pin_memory=device.type == "cuda")
+            rows = pinned.to(device, non_blocking=True)
+            for state in self.history[1:]:
+                state.index_fill_(1, rows, 0)
 
     def clear(self) -> None:
-        """Nothing is resident, and nothing is expected."""
+        """Nothing is resident."""
         for state, value in zip(self.slots, (-1, -1, 0), strict=True):
             state.fill_(value)
-        self.made_for.zero_()
 
     def begin(self, batch: Batch) -> None:
         """A step begins: the pages that it writes to are forgotten. Looks at the device only."""
@@ -114,19 +117,19 @@ class Residency:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """blocks, nexts: [B, Hk, M] -> (candidates, urgent keys, later keys): see :func:`kernels.find_blocks`."""
         return kernels.find_blocks(
-            blocks, nexts, batch.page_table, batch.seats, lengths, self._layer(layer), self.sets[layer],
-            self.made_for[layer], self.tick, self.counters, self.per_page, self.block, mode,
-            NEVER if drift is None else drift, scores, NEVER if margin is None else margin, self._extra,
+            blocks, nexts, batch.page_table, batch.seats, lengths, self._layer(layer),
+            History(*(x[layer] for x in self.history)), self.tick, self.counters, self.per_page, self.block, mode,
+            NEVER if drift is None else drift, scores, NEVER if margin is None else margin, self._share,
         )  # fmt: skip
 
     def find_all(self, layer: int, batch: Batch, lengths: Tensor) -> Tensor:
-        """Keys [B, Hk, M] of all blocks of the rows with a length. These must have at most ``most`` blocks each."""
-        width = min(self.sets.shape[3], batch.page_table.shape[1] * self.per_page)
+        """Keys [B, Hk, M] of those blocks of the rows with a length, at most ``most`` of each, that are in no slot."""
+        width = min(self.most, batch.page_table.shape[1] * self.per_page)
         blocks = torch.arange(width, dtype=torch.int32, device=lengths.device)
         there = blocks * self.block < lengths.view(-1, 1, 1)
-        blocks = torch.where(there, blocks, -1).expand(-1, self.sets.shape[2], -1).contiguous()
+        blocks = torch.where(there, blocks, -1).expand(-1, self.slots.used.shape[1], -1).contiguous()
         _, urgent, _ = kernels.find_blocks(
-            blocks, blocks, batch.page_table, batch.seats, lengths, self._layer(layer), *self._blank, self.tick,
+            blocks, blocks, batch.page_table, batch.seats, lengths, self._layer(layer), self._blank, self.tick,
             self._ignored, self.per_page, self.block, "current", NEVER,
         )  # fmt: skip
         return urgent
@@ -156,24 +159,18 @@ class Residency:
     def stats(self) -> dict[str, float]:
         """Blocks of all layers and heads, on a GPU as of the last step that is over.
 
-        turnover: mean share of a selection that the set of the step before did not have. Selections that waited for
-        their blocks: a chain's first, those that drifted, those that found their set evicted.
+        turnover: mean share of a selection that the set of the step before did not have. returned: how many of these
+        were candidates all the same, as their chain held them. Selections that waited for blocks: a chain's first,
+        those that drifted, and those that found that candidates had lost their slots.
         """
-        numbers = self._numbers_host.tolist()
-        wanted, compared, turned, first, drifted, lost, prefetched, urgent = numbers[: len(COUNTERS) + len(_CLAIMS)]
-        return {
-            "asynctls_blocks": wanted,
-            "asynctls_compared": compared,
-            "asynctls_turned": turned,
-            "asynctls_turnover": turned / compared if compared else 0.0,
-            "asynctls_hits": wanted - prefetched - urgent,
-            "asynctls_misses": prefetched + urgent,
-            "asynctls_prefetched": prefetched,
-            "asynctls_urgent": urgent,
-            "asynctls_first_selections": first,
-            "asynctls_drift_selections": drifted,
-            "asynctls_lost_selections": lost,
-        }
+        counts = dict(zip((*COUNTERS, *_CLAIMS), self._numbers_host.tolist(), strict=False))
+        misses = counts["prefetched"] + counts["urgent"]
+        named = {"blocks": counts["wanted"], "hits": counts["wanted"] - misses, "misses": misses}
+        named |= {name: counts[name] for name in ("compared", "turned", "returned", *_CLAIMS)}
+        for name, count in (("first", "first"), ("drift", "drifted"), ("lost", "lost")):
+            named[f"{name}_selections"] = counts[count]
+        named["turnover"] = counts["turned"] / counts["compared"] if counts["compared"] else 0.0
+        return {f"asynctls_{name}": value for name, value in named.items()}
 
     def seconds(self) -> tuple[float, float]:
         """On a GPU, of decode steps: in which blocks were loaded, and in which a step waited for them or for its lane.
@@ -195,3 +192,5 @@ class Residency:
         assert not slot_of[:, :, : self.per_page].ge(0).any(), "the null page is resident"
         assert bool((used[~holds] == 0).all()) and bool((used[holds] > 0).all()), "use of a slot that holds nothing"
         assert int(used.max()) <= int(self.tick), "a slot was used in the future"
+        _, made_for, wanted_at = self.history
+        assert bool((wanted_at.amax(-1) < made_for.clamp(min=1)).all()), "a seat's last chain is remembered"

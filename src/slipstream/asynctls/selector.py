@@ -1,4 +1,4 @@
-"""Tokens inside blocks that are there already: the previous step's, predicted ones, and what is resident by chance."""
+"""Tokens inside blocks that are there already: the previous step's, predicted ones, and what a chain holds anyway."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class Mover(Protocol):
 class AsyncTLSSelector(TwoLevelSelector):
     """A ``Selector`` that remembers, by seat, which blocks the next step is to find in place.
 
-    What it selects does not depend on where keys and values are, only on what ``residency`` says of them: with and
-    without offload it chooses the same tokens. predictor: for ``candidates="predicted"``; sees decoded tokens only.
+    What it selects depends on what the chain itself has wanted before, and neither on where keys and values are nor on
+    who else runs: with and without offload, alone and in company, it chooses the same tokens.
+    predictor: for ``candidates="predicted"``; sees decoded tokens only.
     """
 
     def __init__(

@@ -46,7 +46,8 @@ class AttentionBackend(Protocol):
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         """q: [T, Hq, D], after norm and RoPE. Returns [T, Hq, Dv]; row t sees tokens at positions <= its own.
 
-        Dv is D, or ``ModelSpec.value_dim`` in a latent cache, where q is absorbed and so is what comes back.
+        Dv is D, or ``ModelSpec.value_dim`` in a latent cache, where q is absorbed and so is what comes back. Of several
+        ranks with one latent cache each gets the queries of all heads and answers for its own (``ModelSpec.own``).
         """
         ...
 

@@ -17,6 +17,7 @@ class ExpandedPrompts(AttentionBackend):
     An absorbed query has lost what expanded attention needs, and values of heads are no latents. So the model offers
     its queries as they were before :meth:`attend`, which answers with anything, and gets the values from :meth:`take`.
     A method that gives its prompt rows to its dense backend (they are a step's last rows) need not know.
+    What it attends, it attends with this rank's heads: those are what ``dense`` is for.
     nope, value: of a head, as in the model's config.
     """
 
@@ -56,6 +57,7 @@ class ExpandedPrompts(AttentionBackend):
             self._offered = query, key_up, value_up
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
+        q = self.spec.own(q)
         if not self._expands:
             return self.dense.attend(layer, q)
         batch = self._batch

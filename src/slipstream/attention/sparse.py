@@ -128,17 +128,7 @@ class SparseBackend(AttentionBackend):
             self._query_start = self._starts[batch.graph_key]
 
     def _find_pages(self, batch: Batch) -> None:
-        """Which of its newest tokens each request indexes; on the device, where alone a captured step knows lengths.
-
-        A decode row whose page is full indexes all of it, any other nothing. A prompt row indexes its tokens, and those
-        before them in the same page.
-        """
-        size, num_decodes = self.pool.page_size, batch.num_decodes
-        counts = batch.query_start.diff()
-        decoded = (batch.lengths[:num_decodes] % size == 0) * size
-        before = (batch.lengths - counts)[num_decodes:] % size
-        counts = torch.cat((decoded, counts[num_decodes:] + before))
-        torch.cumsum(counts, 0, dtype=torch.int32, out=self._query_start[1:])
+        find_full_pages(batch, self.pool.page_size, self._query_start)
 
     def _buffer(self, batch: Batch) -> Tensor:
         """[2, B] or [1, B] int32: lengths of the rows that select, and of those that attend to everything."""
@@ -212,21 +202,21 @@ class SparseBackend(AttentionBackend):
 
     def _select_and_attend(self, layer: int, q: Tensor) -> Tensor:
         """The decode rows. q: [B, Hq, D] -> [B, Hq, D]."""
-        batch, lengths, scale = self._decodes, self._lengths, self.spec.scale
+        batch, lengths, scale, own = self._decodes, self._lengths, self.spec.scale, self.spec.own(q)
         assert batch is not None
         k, v = self.pool.k[layer], self.pool.v[layer]
         if layer < self.dense_layers:
-            return ops.decode_attention(q, k, v, batch.page_table, batch.lengths, scale)
+            return ops.decode_attention(own, k, v, batch.page_table, batch.lengths, scale)
         if self._form == SPARSE:
-            out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+            out = q.new_empty((*own.shape[:-1], v.shape[-1]))
         else:
             if layer == self.dense_layers:  # here and not in plan(): a captured step knows its lengths only now
                 torch.mul(batch.lengths, batch.lengths > self.gate, out=lengths[0])
                 torch.sub(batch.lengths, lengths[0], out=lengths[1])
-            out = ops.decode_attention(q, k, v, batch.page_table, lengths[1], scale)
+            out = ops.decode_attention(own, k, v, batch.page_table, lengths[1], scale)
         selection = self.selector.select(layer, q)
         indices, counts, rows = selection
-        sparse.sparse_attention(q, k, v, batch.page_table, indices, counts, scale, out, rows)
+        sparse.sparse_attention(own, k, v, batch.page_table, indices, counts, scale, out, rows)
         return out
 
     def _calibrate(self, layer: int, q: Tensor, batch: Batch) -> None:
@@ -264,6 +254,20 @@ class SparseBackend(AttentionBackend):
             "density": attended / context if context else 1.0,
             "index_bytes": 0 if self.index is None else self.index.bytes,
         }
+
+
+def find_full_pages(batch: Batch, size: int, starts: Tensor) -> None:
+    """Which of its newest tokens each request indexes, into ``starts`` [B + 1] int32, whose first is 0; on the device,
+    where alone a captured step knows lengths.
+
+    A decode row whose page is full indexes all of it, any other nothing. A prompt row indexes its tokens, and those
+    before them in the same page.
+    """
+    num_decodes, counts = batch.num_decodes, batch.query_start.diff()
+    decoded = (batch.lengths[:num_decodes] % size == 0) * size
+    before = (batch.lengths - counts)[num_decodes:] % size
+    counts = torch.cat((decoded, counts[num_decodes:] + before))
+    torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
 
 
 def decode_part(batch: Batch) -> Batch:

@@ -10,7 +10,7 @@ Cancelled chains leave nothing behind: whoever gets the seat next fills it anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,14 +28,23 @@ class TovaBackend(AttentionBackend):
     k, v: [L, M + 1, Hk, C, D]: C = ``config.budget`` slots for each of M = ``max_num_seqs`` seats, and for seat 0, that
     of padding rows. victims: [L, M + 1] int64, the slot that a full seat's next token takes.
     A chain of at most that many tokens evicts nothing: its attention is full attention.
+    add: sums weights over ranks that have other heads each, in place; None: all heads are here.
     """
 
     holds_kv_in_seats = True
 
-    def __init__(self, pool: KVPool, spec: ModelSpec, dense: AttentionBackend, config: Tova, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        spec: ModelSpec,
+        dense: AttentionBackend,
+        config: Tova,
+        max_num_seqs: int,
+        add: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         shape = (spec.num_layers, max_num_seqs + 1, spec.num_kv_heads, config.budget, spec.head_dim)
         self.pool, self.spec, self.dense, self.budget = pool, spec, dense, config.budget
-        self.gate = config.budget
+        self.gate, self._add = config.budget, add or (lambda weights: weights)
         self.k = torch.zeros(shape, dtype=spec.dtype, device=pool.device)
         self.v = torch.zeros_like(self.k) if spec.value_dim is None else self.k[..., : spec.value_dim]
         self.victims = torch.zeros(shape[:2], dtype=torch.int64, device=pool.device)
@@ -112,13 +121,13 @@ class TovaBackend(AttentionBackend):
         self._chosen: list[Tensor] = []
 
     def _attend_seats(self, layer: int, q: Tensor) -> Tensor:
-        out, victims = sparse.tova_attention(
+        out, weights = sparse.tova_attention(
             q, self.k[layer], self.v[layer], self._seats, self._filled, self.spec.scale
         )
-        self._chosen.append(victims)
+        self._chosen.append(sparse.lowest_slots(self._add(weights), self._filled))
         if layer == self.spec.num_layers - 1:
             self.victims.index_copy_(1, self._seats, torch.stack(self._chosen))
-        return out
+        return self.spec.own(out)
 
     # -- into the seats
 
@@ -129,7 +138,7 @@ class TovaBackend(AttentionBackend):
         pages = self._batch.page_table[b, : -(-length // size)]
         k, v = (_tokens(store[layer].index_select(0, pages), length) for store in (self.pool.k, self.pool.v))
         if length >= budget:
-            weights = _mean_weights(query, k, self.spec.scale)
+            weights = self._add(_sum_weights(query, k, self.spec.scale)).nan_to_num(nan=-1.0)
             # Of equal weights the earlier token stays; slots are in the order of tokens.
             kept = weights.sort(descending=True, stable=True).indices[:budget].sort().values
             self.victims[layer, seat].copy_(weights[kept].argmin())
@@ -148,8 +157,8 @@ def _tokens(pages: Tensor, length: int) -> Tensor:
     return pages.transpose(0, 1).flatten(1, 2)[:, :length]
 
 
-def _mean_weights(query: Tensor, k: Tensor, scale: float) -> Tensor:
-    """query: [Hq, D], k: [Hk, n, D] -> [n] fp32 softmax weights, averaged over query heads; NaN counts as lowest."""
+def _sum_weights(query: Tensor, k: Tensor, scale: float) -> Tensor:
+    """query: [Hq, D], k: [Hk, n, D] -> [n] fp32 softmax weights, summed over query heads."""
     grouped = query.view(k.shape[0], -1, query.shape[-1]).float()
     weights = torch.matmul(grouped, k.float().transpose(1, 2)).mul_(scale).softmax(-1)
-    return weights.mean((0, 1)).nan_to_num(nan=-1.0)
+    return weights.sum((0, 1))

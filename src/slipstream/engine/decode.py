@@ -1,17 +1,18 @@
-"""A decode step on static buffers: gathered from the seats, run, sampled, written back; on CUDA one captured graph."""
+"""A decode step on static buffers: gathered from the seats, run, sampled, written back; on CUDA captured as graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from slipstream.attention.backend import AttentionBackend
 from slipstream.engine.chain import NULL_SEAT
+from slipstream.engine.recording import Recording
 from slipstream.engine.sampling import SamplingRows
 from slipstream.engine.seats import Seats
-from slipstream.types import Batch
+from slipstream.types import Batch, at_once
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _NULL_PAGES = (0,)
@@ -50,7 +51,7 @@ class DecodeStep:
         self.seat_rows = seat_rows
         self.tokens = torch.zeros(bucket, dtype=torch.int64, device=device)
         self.logits: torch.Tensor | None = None
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # by variant, with its logits
+        self._graphs: dict[int, tuple[list[Callable[[], object]], torch.Tensor]] = {}  # by variant, with its logits
         self._sampling = SamplingRows.greedy(bucket, device)
         self.batch = Batch(
             tokens=torch.zeros(bucket, dtype=torch.int64, device=device),
@@ -84,14 +85,15 @@ class DecodeStep:
             self._compute()
             return
         self._backend.plan(batch)
-        graph, self.logits = self._graphs[variant]
-        graph.replay()
+        parts, self.logits = self._graphs[variant]
+        for part in parts:
+            part()
 
     def needs_capture(self, variant: int) -> bool:
         return self._graph_pool is not None and variant not in self._graphs
 
     def capture(self, variant: int) -> None:
-        """Record the step as a CUDA graph. The seats must be the null seat: the rehearsals before it really run."""
+        """Record the step as CUDA graphs. The seats must be the null seat: the rehearsals before it really run."""
         self.seat_rows.fill_(NULL_SEAT)
         self.refresh_sampling()
         batch = self.batch
@@ -103,13 +105,16 @@ class DecodeStep:
             self._gather()
             self._compute()
         self._backend.plan(batch)
-        graph = torch.cuda.CUDAGraph()
-        stream = self._capture_stream
-        with torch.cuda.graph(graph, pool=self._graph_pool, stream=stream, capture_error_mode="thread_local"):
-            self._gather()
-            self._compute()
+        recording = Recording(self._graph_pool, self._capture_stream)
+        batch.between = recording.between
+        try:
+            with recording:
+                self._gather()
+                self._compute()
+        finally:
+            batch.between = at_once
         assert self.logits is not None
-        self._graphs[variant] = graph, self.logits
+        self._graphs[variant] = recording.parts, self.logits
 
     def _choose(self, variant: int) -> None:
         self.batch.variant = variant

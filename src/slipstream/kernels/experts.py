@@ -1,7 +1,8 @@
 """A mixture of experts: who is chosen, and the products of all chosen experts at once.
 
 Plain torch, without a look at the host: the same code on every device, inside captured steps too. On a GPU, steps of
-few tokens choose and combine in :mod:`slipstream.kernels.triton_experts`, one launch each.
+few tokens score, choose and combine in :mod:`slipstream.kernels.triton_experts`, one launch each, and the products
+between are those of :mod:`slipstream.kernels.triton_few_rows`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.kernels import ops
 
+FEW_TOKENS = 128  # up to which a GPU multiplies with kernels of ours: above, experts have enough rows for a library's
 FEW_SCORES = 16384  # tokens times experts up to which one program assigns all rows
 
 
@@ -29,14 +32,39 @@ class Routing(NamedTuple):
 class Rows(NamedTuple):
     """The rows of a grouped product: every token once for each of its K experts, expert after expert.
 
-    tokens: [T * K] int32, the token of each row. ends: [E] int32, where each expert's rows end. rows: [T, K] int32, of
-    each token; weights: [T, K] fp32, of those rows.
+    tokens: [T * K] int32, the token of each row. ends: [E] int32, where each expert's rows end. busy: [3, E] int32,
+    the experts, their first rows and ends, those without rows last. rows: [T, K] int32, of each token; weights: [T, K]
+    fp32, of those rows.
     """
 
     tokens: Tensor
     ends: Tensor
+    busy: Tensor
     rows: Tensor
     weights: Tensor
+
+
+class Weights(NamedTuple):
+    """router: [E, H] fp32. correction: [E] fp32 or None. gate_up: [E, 2I, H], down: [E, H, I] of the chosen experts.
+
+    shared_gate_up: [2SI, H], all gates before all ups, and shared_down: [H, SI] of the S that everybody passes through.
+    """
+
+    router: Tensor
+    correction: Tensor | None
+    gate_up: Tensor
+    down: Tensor
+    shared_gate_up: Tensor
+    shared_down: Tensor
+
+
+def score(x: Tensor, router: Tensor) -> Tensor:
+    """x: [T, H], router: [E, H] fp32 -> logits [T, E] in fp32 arithmetic."""
+    if x.is_cuda and len(x) <= FEW_TOKENS:
+        from slipstream.kernels import triton_experts
+
+        return triton_experts.score(x, router)
+    return F.linear(x.float(), router)
 
 
 def route(logits: Tensor, correction: Tensor | None, rule: Routing) -> tuple[Tensor, Tensor]:
@@ -63,43 +91,57 @@ def route(logits: Tensor, correction: Tensor | None, rule: Routing) -> tuple[Ten
 
 def assign(logits: Tensor, correction: Tensor | None, rule: Routing) -> Rows:
     """:func:`route`, and its rows sorted by expert, tokens ascending."""
-    if logits.is_cuda and rule.num_groups == 1 and logits.numel() <= FEW_SCORES:
+    if logits.is_cuda and 0 < logits.numel() <= FEW_SCORES:
         from slipstream.kernels import triton_experts
 
-        return Rows(*triton_experts.assign(logits, correction, rule.num_chosen, rule.normalised, rule.scaling))
+        return Rows(*triton_experts.assign(logits, correction, rule))
     chosen, weights = route(logits, correction, rule)
     order = chosen.flatten().argsort(stable=True)
     owners = chosen.flatten().index_select(0, order)
     experts = torch.arange(logits.shape[1], device=logits.device)
     ends = torch.searchsorted(owners, experts, right=True, out_int32=True)
+    firsts = torch.searchsorted(owners, experts, out_int32=True)
+    idle_last = (ends == firsts).int().argsort(stable=True)
+    busy = torch.stack((experts.int(), firsts, ends))[:, idle_last]
     rows = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    return Rows((order // rule.num_chosen).int(), ends, rows.view_as(chosen).int(), weights)
+    return Rows((order // rule.num_chosen).int(), ends, busy, rows.view_as(chosen).int(), weights)
 
 
 def combine(results: Tensor, rows: Rows, shared: Tensor) -> Tensor:
-    """results: [T * K, H] of all rows, shared: [T, H] -> [T, H]: the weighted sum of each token's rows, and shared."""
+    """results: [T * K, H] of all rows, shared: [S, T, H] -> [T, H]: each token's weighted sum, and the shared."""
     if results.is_cuda:
         from slipstream.kernels import triton_experts
 
         return triton_experts.combine(results, rows.rows, rows.weights, shared)
     taken = results.index_select(0, rows.rows.flatten()).unflatten(0, rows.rows.shape)
-    return ((taken.float() * rows.weights.unsqueeze(-1)).sum(1) + shared.float()).to(shared.dtype)
+    return ((taken.float() * rows.weights.unsqueeze(-1)).sum(1) + shared.float().sum(0)).to(shared.dtype)
 
 
-def mixture(
-    x: Tensor, logits: Tensor, correction: Tensor | None, rule: Routing, gate_up: Tensor, down: Tensor, shared: Tensor
-) -> Tensor:
-    """Weighted sum of the gated MLPs that each token chose, and what the shared ones made of it.
+def mixture(x: Tensor, weights: Weights, rule: Routing) -> Tensor:
+    """Weighted sum of the gated MLPs that each token chose, and of the shared ones. x: [T, H] -> [T, H].
 
-    x, shared: [T, H].  logits: [T, E] fp32.  correction: [E] fp32 or None.  gate_up: [E, 2I, H].  down: [E, H, I].
-    -> [T, H].  In bfloat16 on a GPU two grouped products; elsewhere every expert sees every token.
+    On a GPU few tokens take kernels of ours; more of them, in bfloat16, two grouped products of a library; elsewhere
+    every expert sees every token.
     """
+    logits = score(x, weights.router)
+    if _has_few_rows(x):
+        from slipstream.kernels import triton_few_rows
+
+        rows = assign(logits, weights.correction, rule)
+        results, shared = triton_few_rows.products(x, rows, weights)
+        return combine(results, rows, shared)
+    shared = F.linear(ops.silu_mul(F.linear(x, weights.shared_gate_up)), weights.shared_down)
     if not _has_grouped(x):
-        return _all_experts(x, gate_up, down, *route(logits, correction, rule), shared)
-    rows = assign(logits, correction, rule)
-    inner = torch._grouped_mm(x.index_select(0, rows.tokens), gate_up.transpose(1, 2), offs=rows.ends)
-    results = torch._grouped_mm(ops.silu_mul(inner), down.transpose(1, 2), offs=rows.ends)
-    return combine(results, rows, shared)
+        chosen, parts = route(logits, weights.correction, rule)
+        return _all_experts(x, weights.gate_up, weights.down, chosen, parts, shared)
+    rows = assign(logits, weights.correction, rule)
+    inner = torch._grouped_mm(x.index_select(0, rows.tokens), weights.gate_up.transpose(1, 2), offs=rows.ends)
+    results = torch._grouped_mm(ops.silu_mul(inner), weights.down.transpose(1, 2), offs=rows.ends)
+    return combine(results, rows, shared.unsqueeze(0))
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    return x.is_cuda and 0 < len(x) <= FEW_TOKENS
 
 
 def _has_grouped(x: Tensor) -> bool:

@@ -21,7 +21,9 @@ LAST = torch.iinfo(torch.int32).max  # sorts behind every block
 MOST_SLOTS = 1 << 15
 """Slots of one layer and head, and keys that are claimed at once: what one program of a device can hold."""
 CLOCK = 3  # numbers of a clock: when a load began, how many programs of it are over, nanoseconds of all before
-COUNTERS = ("wanted", "compared", "turned", "first", "drifted", "lost")
+COUNTERS = ("wanted", "compared", "turned", "returned", "first", "drifted", "lost")
+OLDEST = 127
+"""Tokens after which a chain holds a block no more, however few it has wanted since."""
 
 
 class Slots(NamedTuple):
@@ -33,6 +35,18 @@ class Slots(NamedTuple):
     slot_of: Tensor
     key_of: Tensor
     used: Tensor
+
+
+class History(NamedTuple):
+    """What each seat's chain has wanted. sets: [seats, Hk, most] int32, what its next step was expected to want.
+
+    made_for: [seats, Hk] int32, the length that this was said for, 0 for none. wanted_at: [seats, Hk, N] int32, the
+    length at which a block was last a candidate or expected, 0 for never; kept in mode "union" only.
+    """
+
+    sets: Tensor
+    made_for: Tensor
+    wanted_at: Tensor
 
 
 def _keys(blocks: Tensor, page_table: Tensor, end: Tensor, per_page: int) -> Tensor:
@@ -51,82 +65,94 @@ def _slots_of(keys: Tensor, slot_of: Tensor) -> Tensor:
 
 
 def find_blocks(
-    blocks: Tensor,
-    nexts: Tensor,
-    page_table: Tensor,
-    seats: Tensor,
-    lengths: Tensor,
-    slots: Slots,
-    sets: Tensor,
-    made_for: Tensor,
-    tick: Tensor,
-    counters: Tensor,
-    per_page: int,
-    block_size: int,
-    mode: str,
-    drift: float,
-    scores: Tensor | None = None,
-    margin: float = 1.0,
-    extra: int = LAST,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Level 2's candidates, the keys that must be in slots now, and those that the next step will want.
+    blocks: Tensor, nexts: Tensor, page_table: Tensor, seats: Tensor, lengths: Tensor, slots: Slots, history: History,
+    tick: Tensor, counters: Tensor, per_page: int, block_size: int, mode: str, drift: float,
+    scores: Tensor | None = None, margin: float = 1.0, share: int = LAST,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Level 2's candidates, the keys that must be in slots now and are not, and those that the next step will want.
 
     blocks: [B, Hk, M] int32, ascending, then -1: what the query of this step selects. nexts: the same of the query that
-    the next step is expected to have. sets: [seats, Hk, most] int32 and made_for: [seats, Hk] int32: the ``nexts`` of
-    each seat's last step, and the length that they were made for; both are replaced. tick: [1] int32.
+    the next step is expected to have. history: what each seat's last steps have left there; the seat's set becomes
+    ``nexts``. tick: [1] int32. share: slots of each chain, more than ``most``.
 
-    A row is *synchronous*, head by head, when ``mode`` is "current", when it has no set for this length, when a block
-    of its set is in no slot any more, when more than ``drift`` of ``blocks`` are not in its set, or when, by ``scores``
-    [B, Hk, N] fp32 of all blocks, one of ``blocks`` that would be no candidate stands more than ``margin`` of the way
-    from the worst of them to the best (in full pages). Then its candidates are ``blocks``. Else: "previous": its set
-    and the newest block; "union": its set and what of ``blocks`` is resident, in full pages the newest ``extra`` of it.
-    Slots of candidates are wanted at this tick. counters: [6] int64, see :data:`COUNTERS`; seat 0 does not count.
+    A row is *synchronous*, head by head, when ``mode`` is "current", when it has no set for this length, when more than
+    ``drift`` of ``blocks`` are not in its set, or when, by ``scores`` [B, Hk, N] fp32 of all blocks, one of ``blocks``
+    that would be no candidate stands more than ``margin`` of the way from the worst of them to the best (in full
+    pages). Then its candidates are ``blocks``. Else: "previous": its set and the newest block; "union": its set and
+    what of ``blocks`` its chain *holds*, in full pages the newest ``share - most`` of it. A chain holds the blocks, in
+    full pages, that it has wanted in its last so many tokens: as many tokens as make no more than ``share`` blocks, and
+    at most :data:`OLDEST`. That is what ``share`` slots would hold were they its own, so candidates depend on the chain
+    and on nobody else; where its blocks had to give way to others', it waits for them. Slots of candidates are wanted
+    at this tick. counters: [7] int64, see :data:`COUNTERS`; seat 0 does not count.
 
-    Returns candidates [B, Hk, M'] int32, ascending, then -1, where M' is M + 1 for "previous", M + min(M, extra +
-    per_page) for "union", M for "current"; urgent [B, Hk, M] int32: keys of candidates of synchronous rows; later [B,
-    Hk, M] int32: keys of ``nexts``, those of a tail that this step has filled among them. -1 stands for no key.
+    Returns candidates [B, Hk, M'] int32, ascending, then -1, where M' is M + 1 for "previous", M + min(M, share - most
+    + per_page) for "union", M for "current"; urgent [B, Hk, M''] int32: keys of candidates that are in no slot: those
+    of the set or of a synchronous row's ``blocks``, in "union" then those of up to min(M, share - most) others, newest
+    first; later [B, Hk, M] int32: keys of ``nexts``, those of a tail that this step has filled among them. -1 stands
+    for no key.
     """
-    width, length = blocks.shape[2], lengths.view(-1, 1, 1)
+    (sets, made_for, wanted_at), union = history, mode == "union"
+    width, length, extra = blocks.shape[2], lengths.view(-1, 1, 1), share - sets.shape[2]
     live, page_size = length > 0, per_page * block_size
     tail = (length - 1).clamp(min=0) // page_size * per_page
     matches = live[..., 0] & (made_for[seats] == lengths.unsqueeze(1))
     known = sets[seats][..., :width].masked_fill(~matches.unsqueeze(2), -1)
-    slot = _slots_of(_keys(known, page_table, tail, per_page), slots.slot_of)
-    lost = ((known >= 0) & (known < tail) & (slot < 0)).any(-1)
-    valid, present = matches & ~lost, blocks >= 0
+    present = blocks >= 0
     fresh = present & ~(blocks.unsqueeze(3) == known.unsqueeze(2)).any(-1)
     turned, num = fresh.sum(-1), present.sum(-1)
-    keys = _keys(blocks, page_table, tail, per_page)
     drifted = turned.float() > drift * num.float()
-    more = fresh & (blocks < tail) & (_slots_of(keys, slots.slot_of) >= 0)
-    more &= more.flip(2).cumsum(2).flip(2) <= extra
+    more = torch.zeros_like(fresh)
+    if union:
+        more = fresh & _held(blocks, wanted_at[seats][..., : page_table.shape[1] * per_page], length, tail, share)
+    order = more.flip(2).cumsum(2).flip(2) - 1  # the newest is 0
+    more &= order < extra
     if scores is not None:
-        missing = fresh & (blocks < tail)
-        if mode == "union":
-            missing &= ~more
+        missing = fresh & (blocks < tail) & ~more
         drifted |= _stands_out(scores, blocks, present & (blocks < tail), missing, margin)
-    drifted &= valid
-    sync = live[..., 0] & (~valid | drifted | (mode == "current"))
-    urgent = keys.masked_fill(~sync.unsqueeze(2), -1)
-    candidates, room = blocks, min(width, extra + per_page) if mode == "union" else 1
+    drifted &= matches
+    sync = live[..., 0] & (~matches | drifted | (mode == "current"))
+    more &= ~sync.unsqueeze(2)
+    candidates, room = blocks, min(width, extra + per_page) if union else 1
     if mode != "current":
         newest = ((length - 1) // block_size).int().expand(-1, blocks.shape[1], 1)
-        added = blocks.masked_fill(~(more | (blocks >= tail)), -1) if mode == "union" else newest
+        added = blocks.masked_fill(~(more | (blocks >= tail)), -1) if union else newest
         own = torch.nn.functional.pad(blocks, (0, room), value=-1)
         candidates = torch.where(sync.unsqueeze(2), own, _merged(known, added)[..., : width + room])
     candidates = candidates.masked_fill(~live, -1)
-    wanted = _slots_of(_keys(candidates, page_table, tail, per_page), slots.slot_of)
-    head = torch.arange(blocks.shape[1], device=blocks.device).view(1, -1, 1).expand_as(wanted)
-    slots.used[head[wanted >= 0], wanted[wanted >= 0].long()] = tick
+    keys, room = _keys(blocks, page_table, tail, per_page), min(width, extra)
+    needed = torch.where(sync.unsqueeze(2), keys, _keys(known, page_table, tail, per_page))
+    if union:
+        others = keys.new_full((*keys.shape[:2], room + 1), -1)
+        others.scatter_(2, order.masked_fill(~more, room), keys.masked_fill(~more, -1))
+        needed = torch.cat((needed, others[..., :room]), dim=2)
+    slot = _slots_of(needed, slots.slot_of)
+    head = torch.arange(blocks.shape[1], device=blocks.device).view(1, -1, 1).expand_as(slot)
+    slots.used[head[slot >= 0], slot[slot >= 0].long()] = tick
+    urgent = needed.masked_fill(slot >= 0, -1)
+    lost = matches & ~sync & (urgent >= 0).any(-1)
     end = torch.where(length % page_size == 0, torch.full_like(tail, LAST), tail)
     later = _keys(nexts.masked_fill(~live, -1), page_table, end, per_page)
     rows = live.view(-1).nonzero().squeeze(1)
     sets[seats[rows]] = torch.nn.functional.pad(nexts[rows], (0, sets.shape[2] - width), value=-1)
     made_for[seats[rows]] = (lengths[rows] + 1).unsqueeze(1).expand(-1, blocks.shape[1])
+    if union:
+        wanted = torch.cat((candidates, nexts), dim=2)[rows]
+        row, head, place = (wanted >= 0).nonzero(as_tuple=True)
+        wanted_at[seats[rows][row], head, wanted[row, head, place].long()] = lengths[rows][row]
     real = live[..., 0] & (seats > 0).unsqueeze(1)
-    counted = ((nexts >= 0).sum(-1), num * valid, turned * valid, ~matches, drifted, matches & lost)
+    counted = ((nexts >= 0).sum(-1), num * matches, turned * matches, more.sum(-1), ~matches, drifted, lost)
     counters += torch.stack([(x * real).sum() for x in counted])
     return candidates, urgent, later
+
+
+def _held(blocks: Tensor, wanted_at: Tensor, length: Tensor, tail: Tensor, share: int) -> Tensor:
+    """[B, Hk, M] bool: whether the chain holds a block. wanted_at: [B, Hk, N], of each row's seat."""
+    place = torch.arange(wanted_at.shape[2], device=blocks.device)
+    ages = (length - wanted_at).masked_fill((wanted_at == 0) | (place >= tail), LAST)
+    held = ages <= OLDEST
+    if share < ages.shape[2]:
+        held &= ages < ages.kthvalue(share + 1, dim=2, keepdim=True).values
+    return held.gather(2, blocks.clamp(min=0).long()) & (blocks >= 0)
 
 
 def _stands_out(scores: Tensor, blocks: Tensor, scored: Tensor, missing: Tensor, margin: float) -> Tensor:
@@ -191,12 +217,12 @@ def forget_pages(
     pages = page_table.long().gather(1, columns.clamp(max=page_table.shape[1] - 1))
     pages = pages[(columns <= last // page_size) & (last >= 0) & (pages > 0)]
     keys = (pages.unsqueeze(1) * per_page + torch.arange(per_page, device=pages.device)).view(-1)
-    layer, head, slot = _held(slots.slot_of[:, :, keys])
+    layer, head, slot = _filled(slots.slot_of[:, :, keys])
     slots.key_of[layer, head, slot], slots.used[layer, head, slot] = -1, 0
     slots.slot_of[:, :, keys] = -1
 
 
-def _held(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _filled(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     layer, head, place = (slots >= 0).nonzero(as_tuple=True)
     return layer, head, slots[layer, head, place].long()
 

@@ -183,13 +183,12 @@ def sparse_attention(
 def tova_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, filled: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over whole seats, and the slot that matters least in each: TOVA's eviction (arXiv 2401.06104).
+    """Attention over whole seats, and what each slot weighs there (TOVA, arXiv 2401.06104).
 
     q: [B, Hq, D].  k: [M, Hk, C, D].  v: [M, Hk, C, Dv], Dv = D or columns of k (see :func:`sparse_attention`).
     rows: [B] int64 seats.  filled: [B] int32 slots in use, the first ones.
-    Returns out [B, Hq, Dv], zeros where nothing is filled, and victims [B] int64: the filled slot with the lowest
-    softmax weight, averaged over all query heads in fp32, NaN lowest of all; the lowest slot on ties, 0 where nothing
-    is filled.
+    Returns out [B, Hq, Dv], zeros where nothing is filled, and the slots' softmax weights, summed over all query heads:
+    [B, C] fp32, undefined where a slot is not filled.
     """
     num_kv, dim = k.shape[1], k.shape[3]
     seen = torch.arange(k.shape[2], device=q.device) < filled.unsqueeze(1)
@@ -197,6 +196,14 @@ def tova_attention(
     scores = torch.matmul(q.reshape(len(q), num_kv, -1, dim), k.transpose(2, 3)).float() * scale
     weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
     weights = weights.masked_fill((filled == 0).view(-1, 1, 1, 1), 0)
-    total = weights.sum((1, 2)).nan_to_num(nan=-1.0).masked_fill(~seen, torch.inf)
     out = torch.matmul(weights.to(v.dtype), v)
-    return out.reshape(*q.shape[:2], v.shape[3]), total.argmin(-1)
+    return out.reshape(*q.shape[:2], v.shape[3]), weights.sum((1, 2))
+
+
+def lowest_slots(weights: Tensor, filled: Tensor) -> Tensor:
+    """weights: [B, C] fp32 of seats -> [B] int64: the filled slot that weighs least, whom TOVA evicts.
+
+    filled: [B] int32 slots in use, the first ones. NaN is lowest of all; the first of equal ones; 0 where none is.
+    """
+    seen = torch.arange(weights.shape[1], device=weights.device) < filled.unsqueeze(1)
+    return weights.nan_to_num(nan=-1.0).masked_fill(~seen, torch.inf).argmin(-1)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from slipstream.kernels import reference_residency
 from slipstream.kernels.dispatch import op
-from slipstream.kernels.reference_residency import CLOCK, COUNTERS, MOST_SLOTS, Slots
+from slipstream.kernels.reference_residency import CLOCK, COUNTERS, MOST_SLOTS, History, Slots
 
 Store = tuple[Tensor, Tensor]
 
 __all__ = [
-    "CLOCK", "COUNTERS", "MOST_SLOTS", "Slots", "Store", "add_time", "block_rows", "claim_slots", "copy_between",
-    "find_blocks", "forget_pages", "load_blocks",
+    "CLOCK", "COUNTERS", "MOST_SLOTS", "History", "Slots", "Store", "add_time", "block_rows", "claim_slots",
+    "copy_between", "find_blocks", "forget_pages", "load_blocks",
 ]  # fmt: skip
 
 find_blocks = op(reference_residency.find_blocks, "triton_residency")

@@ -22,6 +22,7 @@ top_blocks = op(reference_select.top_blocks, "triton_blocks")
 top_tokens = op(reference_select.top_tokens, "triton_topk")
 block_tokens = op(reference_select.block_tokens, "triton_blocks")
 tova_attention = op(reference_select.tova_attention, "triton_tova")
+lowest_slots = op(reference_select.lowest_slots, "triton_tova")
 
 
 def label_tokens(

@@ -14,11 +14,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.kernels.launch import block_size as power_of_two
 from slipstream.kernels.launch import launch_options
-from slipstream.kernels.reference_residency import Slots
+from slipstream.kernels.reference_residency import OLDEST, History, Slots
 from slipstream.kernels.triton_choose import ABSENT, choose, num_warps
 
 LAST = tl.constexpr(0x7FFFFFFF)
 LOWEST = tl.constexpr(-0x80000000)
+OLDEST_HALF = tl.constexpr((OLDEST + 1) // 2)
+ROUNDS = tl.constexpr(OLDEST.bit_length())
 CHUNK = 32
 """Blocks of a set that are compared with all others at once."""
 
@@ -37,39 +39,12 @@ def _slots(keys, slot_of_ptr):
 
 @triton.jit
 def _find_kernel(
-    blocks_ptr,
-    nexts_ptr,
-    table_ptr,
-    seats_ptr,
-    lengths_ptr,
-    slot_of_ptr,
-    used_ptr,
-    sets_ptr,
-    made_for_ptr,
-    tick_ptr,
-    counters_ptr,
-    scores_ptr,
-    out_ptr,
-    urgent_ptr,
-    later_ptr,
-    table_stride,
-    num_keys,
-    num_slots,
-    width,
-    set_width,
-    out_width,
-    scores_width,
-    drift,
-    margin,
-    extra,
-    MODE: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    blocks_ptr, nexts_ptr, table_ptr, seats_ptr, lengths_ptr, slot_of_ptr, used_ptr, sets_ptr, made_for_ptr,
+    wanted_at_ptr, tick_ptr, counters_ptr, scores_ptr, out_ptr, urgent_ptr, later_ptr, table_stride, num_keys,
+    num_slots, width, set_width, out_width, urgent_width, num_blocks, scores_width, drift, margin, share,
+    MODE: tl.constexpr, PER_PAGE: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (Hk, B)."""
     if PDL:
         gdc_wait()
@@ -84,6 +59,7 @@ def _find_kernel(
     used_ptr += head * num_slots
     sets_ptr += (seat * tl.num_programs(0) + head) * set_width
     made_for_ptr += seat * tl.num_programs(0) + head
+    wanted_at_ptr += (seat * tl.num_programs(0) + head) * num_blocks
     places = tl.arange(0, BLOCK_M)
     inside = places < width
     live = length > 0
@@ -92,9 +68,8 @@ def _find_kernel(
     nexts = tl.load(nexts_ptr + row * width + places, mask=inside & live, other=-1)
     matches = live & (tl.load(made_for_ptr) == length)
     known = tl.load(sets_ptr + places, mask=inside & matches, other=-1)
-    known_slots = _slots(_keys(known, tail, table_ptr, PER_PAGE), slot_of_ptr)
-    lost = tl.sum(((known >= 0) & (known < tail) & (known_slots < 0)).to(tl.int32), axis=0) > 0
-    valid = matches & (lost == 0)
+    known_keys = _keys(known, tail, table_ptr, PER_PAGE)
+    known_slots = _slots(known_keys, slot_of_ptr)
     shared = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, width, CHUNK):
         at = start + tl.arange(0, CHUNK)
@@ -104,26 +79,47 @@ def _find_kernel(
     fresh = present & (shared == 0)
     num = tl.sum(present.to(tl.int32), axis=0)
     turned = tl.sum(fresh.to(tl.int32), axis=0)
-    keys = _keys(blocks, tail, table_ptr, PER_PAGE)
-    block_slots = _slots(keys, slot_of_ptr)
+    block_keys = _keys(blocks, tail, table_ptr, PER_PAGE)
+    block_slots = _slots(block_keys, slot_of_ptr)
     drifted = turned.to(tl.float32) > drift * num.to(tl.float32)
-    more = fresh & (blocks < tail) & (block_slots >= 0)
-    if extra < width:
-        more &= tl.cumsum(more.to(tl.int32), axis=0) > tl.sum(more.to(tl.int32), axis=0) - extra
+    missing = fresh & (blocks < tail)
+    if MODE == "union":
+        # Of the ages that at most ``share`` blocks have not passed, the largest; no age is below 1.
+        every = tl.arange(0, BLOCK_N)
+        wanted_at = tl.load(wanted_at_ptr + every, mask=every < tl.minimum(tail, num_blocks), other=0)
+        ages = tl.where(wanted_at > 0, length - wanted_at, LAST)
+        oldest = 0
+        for turn in tl.static_range(ROUNDS):
+            older = oldest + (OLDEST_HALF >> turn)
+            oldest = tl.where(tl.sum((ages <= older).to(tl.int32), axis=0) <= share, older, oldest)
+        since = tl.load(wanted_at_ptr + blocks, mask=missing, other=0)
+        held = missing & (since > 0) & (length - since <= oldest)
+        order = tl.sum(held.to(tl.int32), axis=0) - tl.cumsum(held.to(tl.int32), axis=0)  # the newest is 0
+        more = held & (order < share - set_width)
+        missing &= more == 0
     if scores_ptr is not None:
         scored = present & (blocks < tail)
-        missing = fresh & (blocks < tail)
-        if MODE == "union":
-            missing &= more == 0
         scores = tl.load(scores_ptr + row * scores_width + blocks, mask=scored, other=0.0)
         low = tl.min(tl.where(scored, scores, float("inf")), axis=0)
         high = tl.max(tl.where(scored, scores, -float("inf")), axis=0)
         drifted |= tl.max(tl.where(missing, scores, -float("inf")), axis=0) - low > margin * (high - low)
-    drifted &= valid
-    sync = live & ((valid == 0) | drifted)
+    drifted &= matches
+    sync = live & ((matches == 0) | drifted)
     if MODE == "current":
         sync = live
-    tl.store(urgent_ptr + row * width + places, tl.where(sync, keys, -1), mask=inside)
+    keys, slots = tl.where(sync, block_keys, known_keys), tl.where(sync, block_slots, known_slots)
+    tl.store(used_ptr + slots, tick + tl.zeros_like(slots), mask=slots >= 0)
+    urgent_ptr += row * urgent_width
+    tl.store(urgent_ptr + places, tl.where(slots < 0, keys, -1), mask=inside)
+    lost = tl.sum(((keys >= 0) & (slots < 0)).to(tl.int32), axis=0)
+    if MODE == "union":
+        more &= sync == 0
+        returned = tl.sum(more.to(tl.int32), axis=0)
+        tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=more & (block_slots >= 0))
+        tl.store(urgent_ptr + width + order, tl.where(block_slots < 0, block_keys, -1), mask=more)
+        blank = (places >= returned) & (places < urgent_width - width)
+        tl.store(urgent_ptr + width + places, tl.full((BLOCK_M,), -1, tl.int32), mask=blank)
+        lost += tl.sum((more & (block_keys >= 0) & (block_slots < 0)).to(tl.int32), axis=0)
     end = tl.where(length % (SIZE * PER_PAGE) == 0, LAST, tail)
     tl.store(later_ptr + row * width + places, _keys(nexts, end, table_ptr, PER_PAGE), mask=inside)
     out_ptr += row * out_width
@@ -131,74 +127,66 @@ def _find_kernel(
     if sync | (live == 0):
         out = tl.load(blocks_ptr + row * width + wide, mask=(wide < width) & live, other=-1)
         tl.store(out_ptr + wide, out, mask=wide < out_width)
-        tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=block_slots >= 0)
+    elif MODE == "union":
+        added = tl.where(more | (fresh & (blocks >= tail)), blocks, LAST)
+        both = tl.join(tl.where(known >= 0, known, LAST), added)
+        both = tl.sort(tl.reshape(both, (2 * BLOCK_M,)))
+        tl.store(out_ptr + tl.arange(0, 2 * BLOCK_M), tl.where(both == LAST, -1, both),
+                 mask=tl.arange(0, 2 * BLOCK_M) < out_width)  # fmt: skip
     else:
-        tl.store(used_ptr + known_slots, tick + tl.zeros_like(known_slots), mask=known_slots >= 0)
-        if MODE == "union":
-            tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=more)
-            added = tl.where(more | (fresh & (blocks >= tail)), blocks, LAST)
-            both = tl.join(tl.where(known >= 0, known, LAST), added)
-            both = tl.sort(tl.reshape(both, (2 * BLOCK_M,)))
-            tl.store(out_ptr + tl.arange(0, 2 * BLOCK_M), tl.where(both == LAST, -1, both),
-                     mask=tl.arange(0, 2 * BLOCK_M) < out_width)  # fmt: skip
-        else:
-            newest = (length - 1) // SIZE
-            num_known = tl.sum((known >= 0).to(tl.int32), axis=0)
-            at_end = (wide == num_known) & (tl.max(known, axis=0) < newest)
-            out = tl.load(sets_ptr + wide, mask=wide < num_known, other=-1)
-            tl.store(out_ptr + wide, tl.where(at_end, newest, out), mask=wide < out_width)
-    tl.debug_barrier()  # everybody has read the old set
+        newest = (length - 1) // SIZE
+        num_known = tl.sum((known >= 0).to(tl.int32), axis=0)
+        at_end = (wide == num_known) & (tl.max(known, axis=0) < newest)
+        out = tl.load(sets_ptr + wide, mask=wide < num_known, other=-1)
+        tl.store(out_ptr + wide, tl.where(at_end, newest, out), mask=wide < out_width)
+    tl.debug_barrier()  # everybody has read the old set, and when blocks were wanted
     if live:
         for start in range(0, set_width, BLOCK_M):
             at = start + places
             value = tl.where(start == 0, nexts, -1)
             tl.store(sets_ptr + at, value, mask=at < set_width)
         tl.store(made_for_ptr, length + 1)
+        if MODE == "union":
+            now = length + tl.zeros_like(blocks)
+            candidate = present & (sync | more | (blocks >= tail))
+            tl.store(wanted_at_ptr + blocks, now, mask=candidate)
+            tl.store(wanted_at_ptr + known, now, mask=(known >= 0) & (sync == 0))
+            tl.store(wanted_at_ptr + nexts, now, mask=nexts >= 0)
     if live & (seat > 0):
         tl.atomic_add(counters_ptr, tl.sum((nexts >= 0).to(tl.int64), axis=0))
-        tl.atomic_add(counters_ptr + 1, tl.where(valid, num, 0).to(tl.int64))
-        tl.atomic_add(counters_ptr + 2, tl.where(valid, turned, 0).to(tl.int64))
-        tl.atomic_add(counters_ptr + 3, tl.where(matches, 0, 1).to(tl.int64))
-        tl.atomic_add(counters_ptr + 4, drifted.to(tl.int64))
-        tl.atomic_add(counters_ptr + 5, (matches & lost).to(tl.int64))
+        tl.atomic_add(counters_ptr + 1, tl.where(matches, num, 0).to(tl.int64))
+        tl.atomic_add(counters_ptr + 2, tl.where(matches, turned, 0).to(tl.int64))
+        if MODE == "union":
+            tl.atomic_add(counters_ptr + 3, returned.to(tl.int64))
+        tl.atomic_add(counters_ptr + 4, tl.where(matches, 0, 1).to(tl.int64))
+        tl.atomic_add(counters_ptr + 5, drifted.to(tl.int64))
+        tl.atomic_add(counters_ptr + 6, ((sync == 0) & (lost > 0)).to(tl.int64))
 
 
 def find_blocks(
-    blocks: Tensor,
-    nexts: Tensor,
-    page_table: Tensor,
-    seats: Tensor,
-    lengths: Tensor,
-    slots: Slots,
-    sets: Tensor,
-    made_for: Tensor,
-    tick: Tensor,
-    counters: Tensor,
-    per_page: int,
-    block_size: int,
-    mode: str,
-    drift: float,
-    scores: Tensor | None = None,
-    margin: float = 1.0,
-    extra: int = LAST.value,
-) -> tuple[Tensor, Tensor, Tensor]:
+    blocks: Tensor, nexts: Tensor, page_table: Tensor, seats: Tensor, lengths: Tensor, slots: Slots, history: History,
+    tick: Tensor, counters: Tensor, per_page: int, block_size: int, mode: str, drift: float,
+    scores: Tensor | None = None, margin: float = 1.0, share: int = LAST.value,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`slipstream.kernels.reference_residency.find_blocks`. Reads nothing back to the host."""
-    requests, num_kv, width = blocks.shape
-    assert blocks.is_contiguous() and nexts.is_contiguous() and nexts.shape == blocks.shape and sets.is_contiguous()
+    (requests, num_kv, width), most = blocks.shape, history.sets.shape[2]
+    assert blocks.is_contiguous() and nexts.is_contiguous() and nexts.shape == blocks.shape and width <= most
     assert scores is None or scores.is_contiguous()
-    assert made_for.is_contiguous() and all(x.is_contiguous() for x in slots) and width <= sets.shape[2]
-    extra = min(extra, width)
+    assert all(x.is_contiguous() for x in (*slots, *history))
+    extra = min(share - most, width) if mode == "union" else 0
     out_width = width + {"previous": 1, "union": min(width, extra + per_page), "current": 0}[mode]
-    out = blocks.new_empty((requests, num_kv, out_width))
-    urgent, later = torch.empty_like(blocks), torch.empty_like(blocks)
+    out, urgent = (blocks.new_empty((requests, num_kv, size)) for size in (out_width, width + extra))
+    later = torch.empty_like(blocks)
     if requests:
+        num_blocks = history.wanted_at.shape[2]
         block_m = power_of_two(width, smallest=CHUNK)
+        block_n = power_of_two(num_blocks) if mode == "union" else 1
         _find_kernel[(num_kv, requests)](
-            blocks, nexts, page_table, seats, lengths, slots.slot_of, slots.used, sets, made_for, tick, counters,
+            blocks, nexts, page_table, seats, lengths, slots.slot_of, slots.used, *history, tick, counters,
             scores, out, urgent, later, page_table.stride(0), slots.slot_of.shape[1], slots.used.shape[1], width,
-            sets.shape[2], out_width, 0 if scores is None else scores.shape[2], drift, margin, extra,
-            MODE=mode, PER_PAGE=per_page, SIZE=block_size, BLOCK_M=block_m,
-            BLOCK_W=power_of_two(out_width), CHUNK=CHUNK, **launch_options(blocks, num_warps=4),
+            most, out_width, width + extra, num_blocks, 0 if scores is None else scores.shape[2], drift, margin, share,
+            MODE=mode, PER_PAGE=per_page, SIZE=block_size, BLOCK_M=block_m, BLOCK_W=power_of_two(out_width),
+            BLOCK_N=block_n, CHUNK=CHUNK, **launch_options(blocks, num_warps=max(4, num_warps(block_n))),
         )  # fmt: skip
     return out, urgent, later
 

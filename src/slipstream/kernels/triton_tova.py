@@ -1,8 +1,7 @@
-"""TOVA (arXiv 2401.06104) on the device: attention over whole seats that also says which slot matters least.
+"""TOVA (arXiv 2401.06104) on the device: attention over whole seats that also says what each slot weighs.
 
-Three launches: the seats are cut as in :mod:`slipstream.kernels.triton_sparse`, and the scores of all heads are kept;
-the pieces are merged, while other programs turn the scores of a tile of slots into weights, sum them over the heads and
-find the lowest; the lowest of all tiles is the victim.
+The seats are cut as in :mod:`slipstream.kernels.triton_sparse`, and the scores of all heads are kept; then the pieces
+are merged, while other programs turn the scores of a tile of slots into weights and sum them over the heads.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from slipstream.kernels.triton_sparse import (
     tile_size,
 )
 
-RANK_SCORES = 4096
+WEIGH_SCORES = 4096
 """Scores, heads times slots, that one program turns into weights."""
 
 
@@ -89,12 +88,12 @@ def _merge_head(
 
 
 @triton.jit
-def _lowest_slot(
-    scores_ptr, lse_ptr, tile, filled, live, splits,
+def _weigh_slots(
+    weight_ptr, scores_ptr, lse_ptr, tile, filled, live, splits,
     NUM_Q: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The lowest sum of weights in a tile of slots of one request, and the first slot that has it."""
+    """The sums of weights in a tile of slots of one request."""
     heads = tl.arange(0, BLOCK_Q)[:, None]
     pieces = tl.arange(0, BLOCK_S)[None, :]
     at = (heads // GROUP * splits + pieces) * GROUP + heads % GROUP
@@ -105,23 +104,19 @@ def _lowest_slot(
     mask = (heads < NUM_Q) & (slots < filled)[None, :]
     scores = tl.load(scores_ptr + heads * SLOTS + slots[None, :], mask=mask, other=-float("inf"))
     weight = tl.sum(tl.where(mask, tl.exp2(scores - lse[:, None]), 0.0), axis=0)
-    weight = tl.where(slots < filled, tl.where(weight == weight, weight, -1.0), float("inf"))
-    lowest = tl.min(weight, axis=0)
-    return lowest, tl.min(tl.where(weight == lowest, slots, SLOTS), axis=0)
+    tl.store(weight_ptr + slots, weight, mask=slots < SLOTS)
 
 
 @triton.jit
-def _merge_and_rank_kernel(
+def _merge_and_weigh_kernel(
     filled_ptr,
     scores_ptr,
     piece_ptr,
     lse_ptr,
     out_ptr,
     weight_ptr,
-    slot_ptr,
     split,
     splits,
-    tiles,
     NUM_Q: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -133,7 +128,7 @@ def _merge_and_rank_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (Hq + tiles, B): the first Hq programs merge a head each, the others rank a tile of slots each."""
+    """Grid (Hq + tiles, B): the first Hq programs merge a head each, the others weigh a tile of slots each."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -143,27 +138,23 @@ def _merge_and_rank_kernel(
     if part < NUM_Q:
         _merge_head(out_ptr, piece_ptr, lse_ptr, request * NUM_Q + part, live, splits, GROUP, DIM, BLOCK_D, BLOCK)
     else:
-        tile = part - NUM_Q
-        lowest, slot = _lowest_slot(
-            scores_ptr + request * NUM_Q * SLOTS, lse_ptr + request * NUM_Q * splits, tile, filled, live, splits,
-            NUM_Q, GROUP, SLOTS, BLOCK_Q, BLOCK_S, BLOCK_C,
+        _weigh_slots(
+            weight_ptr + request * SLOTS, scores_ptr + request * NUM_Q * SLOTS, lse_ptr + request * NUM_Q * splits,
+            part - NUM_Q, filled, live, splits, NUM_Q, GROUP, SLOTS, BLOCK_Q, BLOCK_S, BLOCK_C,
         )  # fmt: skip
-        tl.store(weight_ptr + request * tiles + tile, lowest)
-        tl.store(slot_ptr + request * tiles + tile, slot)
 
 
 @triton.jit
-def _victim_kernel(filled_ptr, weight_ptr, slot_ptr, victims_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Grid (B,): the lowest of the tiles, the first on ties."""
+def _lowest_kernel(weight_ptr, filled_ptr, victims_ptr, slots, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid (B,): the first of the lowest weights."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     request = tl.program_id(0).to(tl.int64)
-    ids = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + request * tiles + ids, mask=ids < tiles, other=float("inf"))
-    slot = tl.load(slot_ptr + request * tiles + ids, mask=ids < tiles, other=0x7FFFFFFF)
-    victim = tl.min(tl.where(weight == tl.min(weight, axis=0), slot, 0x7FFFFFFF), axis=0)
-    victim = tl.where(tl.load(filled_ptr + request) > 0, victim, 0)
+    ids, filled = tl.arange(0, BLOCK), tl.load(filled_ptr + request)
+    weight = tl.load(weight_ptr + request * slots + ids, mask=ids < filled, other=float("inf"))
+    weight = tl.where(weight == weight, weight, -1.0)
+    victim = tl.min(tl.where(weight == tl.min(weight, axis=0), ids, 0x7FFFFFFF), axis=0)
     tl.store(victims_ptr + request, victim.to(tl.int64))
 
 
@@ -176,15 +167,13 @@ def tova_attention(
     latent, value_dim = shares_rows(k, v), v.shape[3]
     assert q.is_contiguous() and k.is_contiguous() and (latent or v.is_contiguous()) and q.dtype == k.dtype
     out = q.new_empty((requests, num_q, value_dim))
-    victims = torch.empty(requests, dtype=torch.int64, device=q.device)
+    weight = torch.empty((requests, slots), dtype=torch.float32, device=q.device)
     if not requests:
-        return out, victims
+        return out, weight
     group, block_q = num_q // num_kv, block_size(num_q)
-    block_c = max(16, RANK_SCORES // block_q)
+    block_c = max(16, WEIGH_SCORES // block_q)
     tiles = triton.cdiv(slots, block_c)
     scores = torch.empty((requests, num_q, slots), dtype=torch.float32, device=q.device)
-    weight = torch.empty((requests, tiles), dtype=torch.float32, device=q.device)
-    slot = torch.empty((requests, tiles), dtype=torch.int32, device=q.device)
     block_dim = block_size(value_dim, smallest=16)
     shape = {"GROUP": group, "SLOTS": slots, "DIM": value_dim, "BLOCK_D": block_dim}
     if latent:
@@ -201,11 +190,18 @@ def tova_attention(
             BLOCK_G=block_size(group, smallest=16), BLOCK_N=tile_size(split, block_dim, k.element_size()), **shape,
             **launch_options(q, num_warps=WARPS, num_stages=STAGES),
         )  # fmt: skip
-    _merge_and_rank_kernel[(num_q + tiles, requests)](
-        filled, scores, piece, lse, out, weight, slot, split, splits, tiles, NUM_Q=num_q, BLOCK_Q=block_q,
+    _merge_and_weigh_kernel[(num_q + tiles, requests)](
+        filled, scores, piece, lse, out, weight, split, splits, NUM_Q=num_q, BLOCK_Q=block_q,
         BLOCK_S=block_size(splits), BLOCK_C=block_c, BLOCK=MERGE_TILE, **shape, **launch_options(q, num_warps=4),
     )  # fmt: skip
-    _victim_kernel[(requests,)](
-        filled, weight, slot, victims, tiles, BLOCK=block_size(tiles), **launch_options(q, num_warps=1),
-    )  # fmt: skip
-    return out, victims
+    return out, weight
+
+
+def lowest_slots(weights: Tensor, filled: Tensor) -> Tensor:
+    """See :func:`slipstream.kernels.reference_select.lowest_slots`. weights: contiguous."""
+    (requests, slots), victims = weights.shape, torch.empty(len(weights), dtype=torch.int64, device=weights.device)
+    assert weights.is_contiguous()
+    if requests:
+        options = launch_options(weights, num_warps=4)
+        _lowest_kernel[(requests,)](weights, filled, victims, slots, BLOCK=block_size(slots), **options)
+    return victims

@@ -93,5 +93,5 @@ def _layer(
     config: DecoderConfig, index: int, weights: dict[str, torch.Tensor], ranks: Ranks
 ) -> DecoderLayer | LatentLayer:
     if config.latent is not None:
-        return LatentLayer(index, config, weights)
+        return LatentLayer(index, config, weights, ranks)
     return DecoderLayer(index, config, weights, ranks)

@@ -18,6 +18,7 @@ from slipstream.models.config import DecoderConfig
 from slipstream.models.latent_config import LORA_NORM_EPS, Latent
 from slipstream.models.linear import Linear
 from slipstream.models.moe import GatedMlp, Mixture
+from slipstream.models.parallel import Ranks, summed
 
 
 class PromptForm(Protocol):
@@ -29,15 +30,21 @@ class PromptForm(Protocol):
 
 
 class LatentAttention:
-    """Attention of one layer. weights: those of ``models.parameters.LATENT_ATTENTION`` and one of the two queries."""
+    """Attention of one layer. weights: those of ``models.parameters.LATENT_ATTENTION`` and one of the two queries.
+
+    Every rank has all latents and makes the queries of all heads, so that all select the same tokens and tell each
+    other nothing about it; it attends with its ``own`` heads, whose outputs are summed.
+    """
 
     __slots__ = (
-        "index", "latent", "q_kv", "q_norm", "q_up", "kv_norm", "key_up", "value_up", "output", "num_heads", "prompts",
+        "index", "latent", "q_kv", "q_norm", "q_up", "kv_norm", "key_up", "value_up", "output", "num_heads", "own",
+        "prompts",
     )  # fmt: skip
 
-    def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
         assert config.latent is not None, "a config without latent attention"
         self.index, self.num_heads, self.latent = index, config.num_heads, config.latent
+        self.own = ranks.share(self.num_heads)
         if self.latent.interleaved:
             _halve_pairs(weights, self.num_heads, self.latent)
         self.q_kv = Linear(weights["q_kv"])
@@ -46,8 +53,8 @@ class LatentAttention:
         self.kv_norm = weights["kv_norm"]
         up = weights["kv_up"].view(self.num_heads, -1, self.latent.kv_lora)
         self.key_up = up[:, : self.latent.nope]  # [Hq, nope, kv_lora]
-        self.value_up = up[:, self.latent.nope :].transpose(1, 2)  # [Hq, kv_lora, value]
-        self.output = Linear(weights["output"])
+        self.value_up = up[self.own, self.latent.nope :].transpose(1, 2)  # [own, kv_lora, value]
+        self.output = summed(weights["output"], None, ranks)
         self.prompts: PromptForm | None = None
 
     def __call__(
@@ -59,10 +66,10 @@ class LatentAttention:
         heads = self._heads(heads)
         q = ops.mla_rope_store(heads, latent, self.kv_norm, LORA_NORM_EPS, cos_sin, positions, slots, k_pages)
         if self.prompts is not None:
-            unabsorbed = heads[..., : self.latent.nope], q[..., self.latent.kv_lora :]
-            self.prompts.offer(unabsorbed, self.key_up, self.value_up)
+            unabsorbed = heads[:, self.own, : self.latent.nope], q[:, self.own, self.latent.kv_lora :]
+            self.prompts.offer(unabsorbed, self.key_up[self.own], self.value_up)
         attended = backend.attend(self.index, self._absorb(heads, q))
-        values = torch.empty((len(q), self.num_heads, self.latent.value), dtype=q.dtype, device=q.device)
+        values = torch.empty((*attended.shape[:2], self.latent.value), dtype=q.dtype, device=q.device)
         torch.bmm(attended.transpose(0, 1), self.value_up, out=values.transpose(0, 1))
         if self.prompts is not None:
             values = self.prompts.take(values)
@@ -97,17 +104,17 @@ class LatentLayer:
 
     __slots__ = ("index", "eps", "input_norm", "attention", "mlp_norm", "mlp")
 
-    def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, index: int, config: DecoderConfig, weights: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
         self.index, self.eps = index, config.norm_eps
         self.input_norm = weights["input_norm"]
-        self.attention = LatentAttention(index, config, weights)
+        self.attention = LatentAttention(index, config, weights, ranks)
         self.mlp_norm = weights["mlp_norm"]
         self.mlp: GatedMlp | Mixture
         if "router" in weights:
             assert config.experts is not None, "a router without experts"
-            self.mlp = Mixture(config.experts, weights)
+            self.mlp = Mixture(config.experts, weights, ranks)
         else:
-            self.mlp = GatedMlp(weights)
+            self.mlp = GatedMlp(weights, ranks)
 
     @property
     def output(self) -> Linear:

@@ -103,13 +103,15 @@ def own_part(config: DecoderConfig, count: int) -> DecoderConfig:
     """The decoder that one of so many ranks computes. ``ValueError`` for one that cannot be split so."""
     if count == 1:
         return config
-    if config.latent is not None:
-        raise ValueError(
-            f"tensor_parallel_size = {count}: {config.architecture} has a latent cache (MLA), whose selections "
-            "are made over all heads together and are not split yet; use one GPU"
-        )
+    experts = config.experts
     sizes = {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "intermediate_size")}
+    if experts is not None:
+        del sizes["num_kv_heads"]
+        sizes["moe_intermediate_size"] = experts.width
     for name, size in sizes.items():
         if size % count:
             raise ValueError(f"tensor_parallel_size = {count} does not divide the model's {name} = {size}")
-    return replace(config, **{name: size // count for name, size in sizes.items()})
+    if experts is None:
+        return replace(config, **{name: size // count for name, size in sizes.items()})
+    # All heads are there to select by, one latent serves them all, and nothing reads widths but weights.
+    return config

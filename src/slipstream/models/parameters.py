@@ -110,7 +110,7 @@ LATENT_ATTENTION: tuple[Rule, ...] = (
     Rule("input_norm", ("input_layernorm.weight",), fill="ones"),
     Rule("kv_norm", ("self_attn.kv_a_layernorm.weight",), fill="ones"),
     Rule("kv_up", ("self_attn.kv_b_proj.weight",)),
-    Rule("output", ("self_attn.o_proj.weight",)),
+    Rule("output", ("self_attn.o_proj.weight",), share="columns"),
     Rule("mlp_norm", ("post_attention_layernorm.weight",), fill="ones"),
 )
 # What reads the layer's input is one product: the queries, or their latent, and the latent of keys and values.
@@ -121,8 +121,8 @@ LATENT_LOW_RANK_QUERY: tuple[Rule, ...] = (
     Rule("q_up", ("self_attn.q_b_proj.weight",)),
 )
 DENSE_MLP: tuple[Rule, ...] = (
-    Rule("gate_up", _suffixed(_GATE_UP, "weight")),
-    Rule("down", ("mlp.down_proj.weight",)),
+    Rule("gate_up", _suffixed(_GATE_UP, "weight"), share="rows"),
+    Rule("down", ("mlp.down_proj.weight",), share="columns"),
 )
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -165,10 +165,10 @@ def _expert_rules(experts: Experts) -> tuple[Rule, ...]:
     each, shared = [f"mlp.experts.{i}." for i in range(experts.count)], "mlp.shared_experts."
     rules = (
         Rule("router", ("mlp.gate.weight",), wide=True),
-        Rule("experts_gate_up", tuple(f"{e}{p}_proj.weight" for e in each for p in ("gate", "up"))),
-        Rule("experts_down", tuple(f"{e}down_proj.weight" for e in each)),
-        Rule("gate_up", tuple(f"{shared}{p}_proj.weight" for p in ("gate", "up"))),
-        Rule("down", (f"{shared}down_proj.weight",)),
+        Rule("experts_gate_up", tuple(f"{e}{p}_proj.weight" for e in each for p in ("gate", "up")), share="rows"),
+        Rule("experts_down", tuple(f"{e}down_proj.weight" for e in each), share="columns"),
+        Rule("gate_up", tuple(f"{shared}{p}_proj.weight" for p in ("gate", "up")), share="rows"),
+        Rule("down", (f"{shared}down_proj.weight",), share="columns"),
     )
     if experts.scoring == "softmax":
         return rules

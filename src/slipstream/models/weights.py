@@ -56,7 +56,7 @@ def load_model(
     else:
         weights = _stored_weights(Checkpoint(directory), config, torch_dtype, device, ranks)
     model = CausalLM(part, weights, num_positions, ranks)
-    return model, _describe(part, torch_dtype, num_positions)
+    return model, _describe(part, torch_dtype, num_positions, ranks)
 
 
 def check_split(path_or_id: ModelSource, load_format: str, count: int) -> None:
@@ -160,7 +160,8 @@ def _choose_length(max_model_len: int | None, config: DecoderConfig) -> int:
     return max_model_len
 
 
-def _describe(config: DecoderConfig, dtype: torch.dtype, num_positions: int) -> ModelSpec:
+def _describe(config: DecoderConfig, dtype: torch.dtype, num_positions: int, ranks: Ranks) -> ModelSpec:
+    own = ranks.share(config.num_heads)
     return ModelSpec(
         architecture=config.architecture,
         num_layers=config.num_layers,
@@ -174,6 +175,7 @@ def _describe(config: DecoderConfig, dtype: torch.dtype, num_positions: int) -> 
         eos_token_ids=config.eos_token_ids,
         value_dim=None if config.latent is None else config.latent.kv_lora,
         softmax_scale=None if config.latent is None else config.latent.scale,
+        own_heads=None if config.latent is None or ranks.count == 1 else (own.start, own.stop),
     )
 
 

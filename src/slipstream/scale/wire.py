@@ -20,7 +20,6 @@ from slipstream.types import SamplingParams
 
 def write_plan(plan: Plan) -> list[int]:
     """Everything that a runner reads of a plan."""
-    assert not any(chain.in_seat for chain in plan.chains()), "KV in seats is not for several ranks"
     out = [*_counted([chain.seat for chain in plan.decodes]), *plan.lengths, len(plan.seated)]
     for chain in plan.seated:
         request = chain.request
@@ -51,7 +50,7 @@ def _counted(values: Sequence[int]) -> list[int]:
 
 
 class Mirror:
-    """The chains in rank 0's seats, as far as a runner reads them."""
+    """The chains in rank 0's seats, as far as a runner reads them: of a chain whose KV is in its seat no pages."""
 
     def __init__(self) -> None:
         self._chains: dict[int, Chain] = {}

@@ -116,6 +116,10 @@ class Budgeted:
         if self.index is not None:
             self.index.check_model(spec)
 
+    def seat_bytes(self, spec: ModelSpec) -> int:
+        """What the method remembers of a chain, beside its keys and values and their index."""
+        return 0
+
     def for_model(self, spec: ModelSpec) -> Self:
         """This config with what depends on the model filled in: ``channels`` where the user gave none."""
         if getattr(self, "channels", 0) is not None:
