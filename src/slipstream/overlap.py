@@ -19,6 +19,10 @@ T = TypeVar("T")
 R = TypeVar("R", covariant=True)
 
 
+CAPTURES = threading.RLock()
+"""Held while a CUDA graph is captured: torch begins by waiting for the device, which another's capture forbids."""
+
+
 class Ticket(Protocol[R]):
     """The promise of one result."""
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from slipstream.overlap import InlineLane, Lane, PeerLane, StreamLane, ThreadLane
+from slipstream.overlap import CAPTURES, InlineLane, Lane, PeerLane, StreamLane, ThreadLane
 
 
 def make_lane(kind: str, device: torch.device, priority: int = 0) -> Lane:
@@ -78,7 +78,8 @@ class Recorded:
         if not self._is_cuda:
             return work
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        scope = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")
+        with CAPTURES, scope:
             work()
         return graph.replay
 

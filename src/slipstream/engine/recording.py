@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+
+from slipstream.overlap import CAPTURES
 
 _ERRORS = "thread_local"  # a capture is broken by what its own thread does, not by others
 
@@ -23,10 +26,13 @@ class Recording:
         self._scope = torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool, stream=stream, capture_error_mode=_ERRORS)
 
     def __enter__(self) -> None:
-        self._scope.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(CAPTURES)
+            stack.enter_context(self._scope)
+            self._leave = stack.pop_all().__exit__
 
     def __exit__(self, *error: Any) -> None:
-        self._scope.__exit__(*error)
+        self._leave(*error)
         self.parts.append(self._scope.cuda_graph.replay)
 
     def between(self, work: Callable[[], object]) -> None:
