@@ -239,19 +239,24 @@ def latent_accuracy() -> str:
 
 
 def sparse_probe() -> str:
-    """Recall of the oracle's tokens / attention mass: means over tasks and layers by length, then by layer at 8k."""
-    points = [p for p in load("h200/probe.json")["points"] if p["budget"] == "1/8"]
+    """Recall of the oracle's tokens / attention mass: means by length and of programs, then by layer at 8k."""
+    every = load("h200/probe.json")["points"]
+    points, programs = ([p for p in every if p["budget"] == budget] for budget in ("1/8", "256"))
+    chains = sorted({p["cell"] for p in programs}, key=lambda cell: (cell.split()[0], int(cell.split("=")[1])))
     lengths, layers = (2048, 4096, 8192), list(points[0]["recall_by_layer"])
     lines = []
     for method in dict.fromkeys(p["method"] for p in points):
         groups = [[p for p in points if p["method"] == method and f"={n} " in p["cell"]] for n in lengths]
+        groups += [[p for p in programs if p["method"] == method and p["cell"] == cell] for cell in chains]
         cells = [[sum(p[name] for p in own) / len(own) for name in ("recall", "mass")] for own in groups]
+        groups = groups[: len(lengths)]
         cells += [
             [sum(p[f"{name}_by_layer"][layer] for p in groups[-1]) / len(groups[-1]) for name in ("recall", "mass")]
             for layer in layers
         ]
         lines.append([f"`{method}`", *(f"{recall:.2f} / {mass:.2f}" for recall, mass in cells)])
-    return table(["recall / mass", *(f"{n // 1024}k" for n in lengths), *(f"8k, layer {x}" for x in layers)], lines)
+    head = [*(f"{n // 1024}k" for n in lengths), *(cell.replace("_", " ").replace("steps=", "of ") for cell in chains)]
+    return table(["recall / mass", *head, *(f"8k, layer {x}" for x in layers)], lines)
 
 
 def asyncspade_drift() -> str:
