@@ -158,7 +158,7 @@ def run_schedule(name: str, backends: list, trace: Trace, args: argparse.Namespa
         alpha=0.4, score=scored_as_traced(trace, everywhere), schedule="turn" if everywhere else name, samples=16,
         turns=99, takeover="continue", draft_tokens=500, target_tokens=500, settle=False, loop_ngram=0,
         window=args.window, seed=SEED, draft_concurrency=args.draft, score_concurrency=args.draft,
-        target_concurrency=args.target, timeout_s=3600.0,
+        target_concurrency=args.target, gather=args.gather, timeout_s=3600.0,
     )  # fmt: skip
     problems = [{"id": question} for question in dict.fromkeys(question for question, _ in trace)]
     work = Run(problems, *backends, config, controller=FollowsTheTrace(config.conformal)).run()
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--draft", type=int, default=16, help="drafts (and scores) at once; the published setting")
     parser.add_argument("--target", type=int, default=16, help="take-overs at once; the published setting is 4")
+    parser.add_argument("--gather", type=int, default=16, help="scores, and take-overs, that begin together")
     parser.add_argument("--kv-memory", default=None, help="of draft and target, e.g. 30GiB,60GiB")
     parser.add_argument("--repeats", type=int, default=1, help="each schedule so often, in turn; the fastest counts")
     parser.add_argument("--time-limit", type=float, default=1e9, help="seconds; no schedule is begun after it")
@@ -237,7 +238,7 @@ def main() -> None:
     seconds, digests = {}, {}
     try:
         if models and models[0].device.type == "cuda":  # graphs, autotuning and caches are not the schedulers' business
-            run_schedule("async", backends, dict(list(trace.items())[:16]), args)
+            run_schedule("async", backends, {key: turns[:2] for key, turns in list(trace.items())[:32]}, args)
         for name in args.schedules.split(",") * args.repeats:
             if time.perf_counter() - started > args.time_limit:
                 print(f"time is up before schedule {name}", flush=True)

@@ -10,7 +10,7 @@ from simulated import Model, failing, problems, scale
 from slipstream.atts.backends import BackendError, Turn
 from slipstream.atts.config import ATTS
 from slipstream.atts.events import Decided, Drafted, Ended, Failed, Limited, Looped, TakenOver
-from slipstream.atts.pipeline.chain import Context, Gate, repeated_share
+from slipstream.atts.pipeline.chain import Context, Gate, Together, repeated_share
 from slipstream.atts.pipeline.clock import run_virtual
 from slipstream.atts.pipeline.run import Run
 from slipstream.atts.report import summary
@@ -92,7 +92,7 @@ def test_the_twins_write_the_same_text_and_wait_longer():
     for alpha in (0.0, 1.0):
         runs = run_schedules(alpha=alpha)
         assert texts(runs["async"][0]) == texts(runs["question"][0]) == texts(runs["turn"][0])
-    runs = run_schedules(alpha=0.4, mode="per-question", samples=8, draft_concurrency=3)
+    runs = run_schedules(alpha=0.4, mode="per-question", samples=8, draft_concurrency=3, gather=1)
     seconds = {name: run[1] for name, run in runs.items()}
     assert seconds["async"] < seconds["question"] <= seconds["turn"]
     waits = {name: sum(e.wait_s for e in of(run[0], TakenOver)) for name, run in runs.items()}
@@ -124,6 +124,35 @@ def test_the_window_limits_the_chains_in_flight():
     for event in sorted(outcome.events, key=lambda e: (e.at_s, not isinstance(e, Ended))):
         live += (isinstance(event, Drafted) and event.turn == 0) - isinstance(event, Ended)
         assert live <= 2
+
+
+def test_the_target_works_on_many_at_once_while_drafts_wait_for_a_place():
+    """It begins together; whatever the limits are, nobody waits for others who never come."""
+    few = {"draft_concurrency": 4, "target_concurrency": 16, "alpha": 0.3, "gather": 1} | SMALL
+    runs = {n: scale(ATTS(**(few | {"gather": n, "window": 24})), count=12) for n in (1, 8, 1000)}
+    starts = {n: {round(e.at_s - e.busy_s, 6) for e in of(run[0], TakenOver)} for n, run in runs.items()}
+    assert 2 * max(len(starts[8]), len(starts[1000])) < len(starts[1])
+    assert max(seconds for _, seconds, *_ in runs.values()) < 1.2 * runs[1][1]  # a device each: little is lost
+    for window in (1, 2, 5):
+        for options in ({}, {"score_concurrency": 1, "target_concurrency": 1}, {"alpha": 1.0}, {"schedule": "turn"}):
+            outcome, *_ = scale(ATTS(**(few | {"gather": 16, "window": window} | options)), count=3)
+            assert len(of(outcome, Ended)) == 12 and not of(outcome, Failed)
+
+
+def test_who_is_cancelled_is_not_counted_among_those_who_wait_together():
+    async def work():
+        over, together = False, Together(3, lambda: over)
+        waiting = [asyncio.create_task(together.join()) for _ in range(2)]
+        await asyncio.sleep(1)
+        waiting[0].cancel()
+        waiting.append(asyncio.create_task(together.join()))
+        await asyncio.sleep(1)
+        assert not any(task.done() for task in waiting[1:])
+        over = True
+        together.look()
+        await asyncio.gather(*waiting[1:])
+
+    run_virtual(work())
 
 
 def test_a_cancelled_party_does_not_hold_the_gate():

@@ -41,6 +41,9 @@ class ATTS:
     draft_concurrency: int = _help(16, "Drafts at once.")
     score_concurrency: int = _help(16, "Scores at once.")
     target_concurrency: int = _help(4, "Take-overs at once.")
+    gather: int = _help(
+        16, "Scores, and take-overs, that begin together while all drafts' places are taken; 1: at once."
+    )
     capacity: int | None = _help(None, "Hard limit: take-overs that may run or wait; beyond it a turn is kept.")
     on_failure: str = _help("takeover", "When a score fails: takeover, accept or drop (the chain).")
     timeout_s: float = _help(600.0, "Longest wait for one answer of a model.")
@@ -114,7 +117,15 @@ class ATTS:
     def header(self) -> Mapping[str, Any]:
         """What a resumed run must have in common with the run that it goes on with."""
         score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "callable")
-        free = ("window", "draft_concurrency", "score_concurrency", "target_concurrency", "capacity", "timeout_s")
+        free = (
+            "window",
+            "draft_concurrency",
+            "score_concurrency",
+            "target_concurrency",
+            "gather",
+            "capacity",
+            "timeout_s",
+        )
         plain = {**vars(self), "score": score}
         return {name: value for name, value in plain.items() if name not in free}
 
@@ -127,5 +138,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _POSITIVE = (
     "samples", "turns", "draft_tokens", "target_tokens", "chain_tokens", "token_budget", "window",
-    "draft_concurrency", "score_concurrency", "target_concurrency", "capacity", "min_turns", "agreement",
+    "draft_concurrency", "score_concurrency", "target_concurrency", "gather", "capacity", "min_turns", "agreement",
 )  # fmt: skip

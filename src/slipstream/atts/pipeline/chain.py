@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,31 @@ class Gate:
         if self._opened is not None and self._waiting >= self._parties:
             self._opened.set_result(None)
             self._opened, self._waiting = None, 0
+
+
+class Together:
+    """Whoever comes waits until ``size`` do, or until ``is_over()``: asked when somebody comes, and by :meth:`look`."""
+
+    def __init__(self, size: int, is_over: Callable[[], bool]) -> None:
+        self._size, self._is_over = size, is_over
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def join(self) -> None:
+        place = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        self.look()
+        try:
+            await place
+        finally:
+            if place in self._waiting:
+                self._waiting.remove(place)
+
+    def look(self) -> None:
+        if len(self._waiting) >= self._size or self._is_over():
+            let, self._waiting = self._waiting, []
+            for place in let:
+                if not place.done():
+                    place.set_result(None)
 
 
 @dataclass(eq=False)

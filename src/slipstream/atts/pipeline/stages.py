@@ -12,7 +12,7 @@ from slipstream.atts.budget import Allowance
 from slipstream.atts.config import ATTS
 from slipstream.atts.conformal import Controller
 from slipstream.atts.events import Decided, Drafted, Event, Failed, Limited, Looped, TakenOver
-from slipstream.atts.pipeline.chain import DRAFT, TARGET, Chain, repeated_share
+from slipstream.atts.pipeline.chain import DRAFT, TARGET, Chain, Together, repeated_share
 from slipstream.atts.scores import View
 
 T = TypeVar("T")
@@ -42,6 +42,12 @@ class Stages:
         self._drafting = asyncio.Semaphore(config.draft_concurrency)
         self._scoring = asyncio.Semaphore(config.score_concurrency)
         self._extending = asyncio.Semaphore(config.target_concurrency)
+        # A target reads its weights in each step, for one chain as for sixteen, and where it shares a device the draft
+        # waits for it. So its work begins together, except where the draft has nothing else to do.
+        self._together = {
+            slots: Together(config.gather, lambda: not self._drafting.locked())
+            for slots in (self._scoring, self._extending)
+        }
         self._taking = 0  # take-overs that run or wait
 
     # -- the draft writes
@@ -197,13 +203,19 @@ class Stages:
         """Do it when there is a slot: the result, seconds waited, seconds worked."""
         clock = asyncio.get_running_loop().time
         asked = clock()
-        async with slots:
-            began = clock()
-            try:
-                result = await asyncio.wait_for(work(), self._config.timeout_s)
-            except TimeoutError as error:
-                raise BackendError("timeout", f"no answer within {self._config.timeout_s:g} s") from error
-            return result, began - asked, clock() - began
+        if slots in self._together:
+            await self._together[slots].join()
+        try:
+            async with slots:
+                began = clock()
+                try:
+                    result = await asyncio.wait_for(work(), self._config.timeout_s)
+                except TimeoutError as error:
+                    raise BackendError("timeout", f"no answer within {self._config.timeout_s:g} s") from error
+                return result, began - asked, clock() - began
+        finally:
+            for group in self._together.values():
+                group.look()
 
     def _fail(self, chain: Chain, stage: str, error: BackendError, policy: str) -> Any:
         event: Event = self._record(Failed, chain, stage=stage, what=f"{error.kind}: {error}", policy=policy)
