@@ -170,7 +170,7 @@ def measure(report: Report, args: argparse.Namespace, work: Sequence[tuple[str, 
             break
         rows += measure_arm(report, args, part, arm)
         slower = min(3.0, max(0.5, (time.monotonic() - began - spent) / seconds))
-        keep(report, args.json)
+        report.keep(args.json)
     report.notes["wall_s"] = round(time.monotonic() - began, 1)
     shown = [row for row in rows if row["part"] in SHOWN]
     if args.picture and shown:
@@ -213,15 +213,6 @@ def measure_arm(report: Report, args: argparse.Namespace, part: str, arm: Arm) -
         report.points.append(kept | {"arm_s": wall})
         print(f"{row['accuracy']:.3f}  {row['budget']:>5}  {arm.name}  {row['cell']}", flush=True)
     return rows
-
-
-def keep(report: Report, path: str | None) -> None:
-    """What is known so far, in the file: a killed run loses nothing."""
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(
-            json.dumps({"benchmark": report.benchmark, **report.notes, "points": report.points}) + "\n"
-        )
 
 
 def bars(report: Report, rows: Sequence[Row]) -> None:

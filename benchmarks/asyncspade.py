@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import keep
 from contexts import fill_pool, remember
 from decode import TOLERANCE_NATS, check_method, nats_apart, points_of
 from harness import Report, Timing, check
@@ -150,7 +149,7 @@ def measure(
         host_ms=round(sorted(times.host_ms)[args.steps // 2], 4), peak_bytes=peak,
         kv_bytes=batch * context * llm.pool.bytes // llm.pool.num_tokens, **extra,
     )  # fmt: skip
-    keep(report, args.json)
+    report.keep(args.json)
 
 
 def far_side(backend: TwoDeviceBackend, rows: int, rounds: int = 20) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import keep
 from asyncspade_cpu import start_rank, timed
 from harness import Report, Timing, check
 
@@ -117,14 +116,14 @@ def priced(point: dict[str, Any], devices: int, chains: int) -> dict[str, Any]:
 def measure(report: Report, args: argparse.Namespace) -> None:
     for arm in ONE:
         report.point(**priced(finished(start(args, arm)), 1, args.batch))
-        keep(report, args.json)
+        report.keep(args.json)
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         print("one GPU: the arms of two devices are left out", flush=True)
         return
     both = [finished(process) for process in [start(args, "asyncspade", gpu=gpu) for gpu in (0, 1)]]
     slower = max(both, key=lambda found: found["tpot_ms"]) | {"busy_ms": sum(found["busy_ms"] for found in both)}
     report.point(**priced(slower | {"arm": INDEPENDENT}, 2, 2 * args.batch))
-    keep(report, args.json)
+    report.keep(args.json)
     found = finished(start(args, IN_TIME, two=True))
     report.point(**priced(found | {"arm": TWO}, 2, args.batch))
 

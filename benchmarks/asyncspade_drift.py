@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import keep
 from harness import Report, check
 
 from slipstream import LLM, SamplingParams, tasks
@@ -329,7 +328,7 @@ def main() -> None:
         print(f"-- {part}: {label}, {time.monotonic() - start:.1f} s", flush=True)
         for row in rows:
             report.point(**row)
-        keep(report, args.json)
+        report.keep(args.json)
     finish(report, args)
 
 

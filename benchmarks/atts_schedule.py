@@ -195,10 +195,7 @@ def open_models(args: argparse.Namespace) -> tuple[list[LLM], Machine]:
         options |= {"load_format": "dummy", "max_model_len": 20480}
     else:
         shapes, options["max_model_len"] = ["slipstream-draft", "slipstream-target"], 20480
-    models = [
-        LLM(shape, kv_memory=own, urgent=is_draft, **options)
-        for shape, own, is_draft in zip(shapes, memory, (True, False), strict=True)
-    ]
+    models = [LLM(shape, kv_memory=own, **options) for shape, own in zip(shapes, memory, strict=True)]
     return models, H200 if models[0].device.type == "cuda" else Machine.measure()
 
 
@@ -257,6 +254,7 @@ def main() -> None:
                 models=kind, schedule=name, seconds=took, draft_tokens=tokens[0], target_tokens=tokens[1],
                 **prefill, **intensity(outcome, *costs, machine),
             )  # fmt: skip
+            report.keep(args.json)
     finally:
         for model in models:
             model.close()

@@ -138,20 +138,17 @@ class Report:
         )
         print(f"bar {'ok  ' if ok else 'MISS'} {name}: {value:.4g} {direction} {limit}", flush=True)
 
-    def finish(self, path: str | None) -> str:
-        line = json.dumps(
-            {
-                "benchmark": self.benchmark,
-                "device": device_name(),
-                "versions": versions(),
-                "commit": commit(),
-                **self.notes,
-                "points": self.points,
-                "bars": self.bars,
-            }
-        )
+    def keep(self, path: str | None) -> str:
+        """Everything so far as one line, and in the file: a run that is cut off loses nothing."""
+        where = {"device": device_name(), "versions": versions(), "commit": commit()}
+        results = {"points": self.points, "bars": self.bars}
+        line = json.dumps({"benchmark": self.benchmark} | where | self.notes | results)
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(line + "\n", encoding="utf-8")
+        return line
+
+    def finish(self, path: str | None) -> str:
+        line = self.keep(path)
         print(line, flush=True)
         return line

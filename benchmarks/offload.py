@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import keep
 from contexts import fill_pool, remember
 from harness import Report, check, time_host
 from offload_bars import bars, weight_bytes
@@ -247,7 +246,7 @@ class Arms:
             spare = 0 if on_host else llm.memory.num_pages - batch * -(-self.tokens(context) // PAGE)
             row["peak_device_gib"] = (torch.cuda.max_memory_allocated() - spare * llm.memory.page_bytes) / 2**30
         self.report.point(**row, wall_s=time.perf_counter() - began)
-        keep(self.report, args.json)
+        self.report.keep(args.json)
 
     def first_token(self, llm: LLM, method: str, cap: str | None) -> None:
         """Seconds to the first token of a prompt that nobody has seen."""
@@ -386,7 +385,7 @@ def main() -> None:
         except Exception:  # noqa: BLE001 - the others are worth having; this one is in the result and the exit status
             traceback.print_exc()
             report.notes["failed"].append(f"{name}: {traceback.format_exc(limit=-2)}")
-        keep(report, args.json)
+        report.keep(args.json)
         print(f"-- {name}: over after {time.perf_counter() - began:.0f} s", flush=True)
     bars(report, bandwidth)
     report.finish(args.json)

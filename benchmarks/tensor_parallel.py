@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import keep
 from asyncspade import TINIES, attention_of
 from contexts import remember
 from decode import check_method, points_of
@@ -242,7 +241,7 @@ def point(
         host_ms=round(found[0]["host_ms"], 4), graph_replays=found[0]["graph_replays"], tokens_per_s=round(rate, 2),
         tokens_per_s_per_gpu=round(rate / gpus, 2),
     )  # fmt: skip
-    keep(report, args.json)
+    report.keep(args.json)
 
 
 def bars(report: Report) -> None:
@@ -314,7 +313,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         longest = max(longest, time.perf_counter() - start)
         print(f"-- {arm}, {way}: {time.perf_counter() - start:.0f} s", flush=True)
-        keep(report, args.json)
+        report.keep(args.json)
     bars(report)
     report.finish(args.json)
     check("failed" not in report.notes, "not every engine ran to its end: see 'failed'")

@@ -97,7 +97,6 @@ class Options:
     prefix_cache: bool = _option(True, "reuse the KV of prompts that begin alike")
     overlap: bool | None = _option(None, "launch a step before the tokens of the last are read; default: on a GPU")
     cuda_graphs: bool = _option(True, "capture decode steps as CUDA graphs")
-    urgent: bool = _option(False, "captured steps go before those of other engines on the GPU: a draft's")
     kernels: str = _option("auto", "dense attention by 'flashinfer' (where installed), 'triton', or 'reference' (CPU)")
     tensor_parallel_size: int = _option(
         1, "GPUs that share the model, each with its heads (on a CPU: processes)", "--tensor-parallel"
@@ -377,7 +376,6 @@ def _build(model: Any, source: Any, chosen: Options, config: Attention, device: 
         max_batch_tokens=chosen.max_batch_tokens,
         overlap=device.type == "cuda" if chosen.overlap is None else chosen.overlap,
         cuda_graphs=chosen.cuda_graphs and not waits_for_a_process(config),
-        urgent=chosen.urgent,
         prefix_cache=chosen.prefix_cache,
         seed=chosen.seed,
     )

@@ -76,8 +76,8 @@ def serve(
 
 
 def _beside(engine: dict[str, Any]) -> dict[str, Any]:
-    """A draft's options: dense, first on the GPU, a fifth of what is free for its KV; the target takes the rest."""
-    own = engine | {"attention": "full", "tensor_parallel_size": 1, "urgent": True}
+    """The options of a draft: dense, on a GPU with a fifth of what is free for its KV; the target takes the rest."""
+    own = engine | {"attention": "full", "tensor_parallel_size": 1}
     if engine.get("kv_memory") is None and torch.cuda.is_available() and engine.get("device") != "cpu":
         own["kv_memory"] = int(0.2 * torch.cuda.mem_get_info()[0])
     return own

@@ -86,9 +86,7 @@ async def scale(
         problems = read_problems(problems, config.seed)
     if options.get("kv_memory") is None and torch.cuda.is_available() and options.get("device") != "cpu":
         options["kv_memory"] = int(0.35 * torch.cuda.mem_get_info()[0])  # two models share the device
-    # A chain mostly waits for its draft, whose steps are short: they go first.
-    first = open_model(draft, tokenizer, **{"urgent": True} | options)
-    second = open_model(target, tokenizer, **options)
+    first, second = open_model(draft, tokenizer, **options), open_model(target, tokenizer, **options)
     lengths = [length for side in (first, second) if (length := getattr(side, "max_length", None)) is not None]
     if config.chain_tokens is None and lengths:
         config = replace(config, chain_tokens=min(lengths))

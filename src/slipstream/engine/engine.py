@@ -32,8 +32,7 @@ class EngineConfig:
     max_num_seqs: most chains at once (seats). max_model_len: most tokens of a chain; None is the model's own limit.
     max_batch_tokens: most tokens of a step; prompts are cut into chunks of what the decodes leave of it.
     overlap: launch a step before the tokens of the one before are read; None is True on CUDA. Same tokens either way.
-    cuda_graphs: capture decode steps (on CUDA). urgent: their kernels go before those of other engines on the device.
-    prefix_cache: reuse the KV of equal prefixes.
+    cuda_graphs: capture decode steps (on CUDA). prefix_cache: reuse the KV of equal prefixes.
     seed: where requests without a seed draw theirs.
     """
 
@@ -42,7 +41,6 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     overlap: bool | None = None
     cuda_graphs: bool = True
-    urgent: bool = False
     prefix_cache: bool = True
     seed: int = 0
 
@@ -88,7 +86,6 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             capture=on_cuda and config.cuda_graphs,
-            urgent=config.urgent,
         )
         self.limits = Limits(spec.vocab_size, max_model_len, pool.num_tokens, config.max_num_seqs, spec.eos_token_ids)
         self._random = random.Random(config.seed)

@@ -27,7 +27,7 @@ class Runner:
     """Launches steps of one model over one pool.
 
     capture: record decode-only steps as CUDA graphs, one per bucket of ``BUCKETS`` and variant of the backend, sharing
-    one memory pool. urgent: captured kernels go before those of other engines on the device.
+    one memory pool.
     Nothing here waits for the device; only ``Pending.read`` does.
     """
 
@@ -40,7 +40,6 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         capture: bool,
-        urgent: bool = False,
     ) -> None:
         self._model, self._backend, self._pool = model, backend, pool
         self._device = pool.device
@@ -54,7 +53,7 @@ class Runner:
         self._buckets = [*(b for b in BUCKETS if b < max_num_seqs), max_num_seqs] if capture else None
         self._graph_pool: Any | None = torch.cuda.graph_pool_handle() if capture else None
         # Kernels keep the priority that they are captured with: a step's own go before what a lane runs beside it.
-        self._capture_stream = torch.cuda.Stream(self._device, priority=-1 - urgent) if capture else None
+        self._capture_stream = torch.cuda.Stream(self._device, priority=-1) if capture else None
         self._steps: dict[int, DecodeStep] = {}
         self._decode_seats: list[int] = []  # what is in _seat_rows
         # Results travel on a lane of their own: the next step does not wait for them.
