@@ -154,23 +154,6 @@ def test_what_does_not_divide_is_refused_by_name():
             load_model(latent_config("glm", **fields), device="cpu", load_format="dummy", ranks=Part(0, 2))
 
 
-def test_embedded_model_with_its_calibration(thread_ranks, seen):
-    """Its calibration file is of the one latent of all heads: every rank takes all of it."""
-    prompt = [(5 * i) % 1700 for i in range(400)]
-    for attention in ({"method": "two_level", "budget": 128}, {"method": "asyncspade", "budget": 128}):
-        found = []
-        for count in (1, 2):
-            with LLM(
-                "slipstream-mla", device="cpu", max_model_len=1024, kv_memory="32MiB",
-                attention=attention | {"min_context": 128}, tensor_parallel_size=count,
-            ) as llm:  # fmt: skip
-                params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-                found.append(llm.generate([prompt, prompt[:50]], params))
-                assert llm.stats()["sparse_rows"] >= 23
-        one, two = ([o.outputs[0].token_ids for o in outputs] for outputs in found)
-        assert one == two
-
-
 def test_embedded_model_on_two_processes():
     prompt = [(5 * i) % 1700 for i in range(200)]
     options = {

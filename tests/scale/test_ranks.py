@@ -193,14 +193,15 @@ def test_tokens_are_those_of_one_rank(thread_ranks, case):
     assert both.get("asynctls_bytes_in", 1) > 0
 
 
-def test_embedded_model_with_its_calibration(thread_ranks):
-    """Its calibration file is of both KV heads; each rank takes its own."""
+@pytest.mark.parametrize("model", ["slipstream-target", "slipstream-mla"])
+def test_embedded_model_with_its_calibration(thread_ranks, model):
+    """Its calibration file is of both KV heads, of which each rank takes its own, or of the one latent of all heads."""
     prompt = [(5 * i) % 1700 for i in range(400)]
     for attention in ({"method": "two_level", "budget": 128}, {"method": "asyncspade", "budget": 128}):
         found = []
         for count in (1, 2):
             with LLM(
-                "slipstream-target", device="cpu", max_model_len=1024, kv_memory="32MiB",
+                model, device="cpu", max_model_len=1024, kv_memory="32MiB",
                 attention=attention | {"min_context": 128}, tensor_parallel_size=count,
             ) as llm:  # fmt: skip
                 params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
