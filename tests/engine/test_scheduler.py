@@ -289,3 +289,57 @@ def test_prompts_of_a_step_fit_the_stage_together():
     for arrival, length in enumerate((9, 8, 30, 4)):  # 3, 2, 8 and 1 pages
         scheduler.add(chain(arrival, length))
     assert [[c.count for c in step(scheduler).chunks] for _ in range(3)] == [[9, 8], [30], [4]]
+
+
+def test_a_prompt_that_is_being_read_is_read_once():
+    """Requests that start alike and come together: the first reads, the others take it from the cache a step later."""
+    scheduler = make(num_pages=65, budget=12)
+    alike = [chain(0, 10), chain(0, 10), chain(0, 10)]
+    other = chain(3, 6)
+    alike[2].ids[7] = 99  # the same first page only
+    for arrival, one in enumerate([*alike, other]):
+        one.order = (arrival, 0)
+        scheduler.add(one)
+
+    def read():
+        plan = step(scheduler)
+        for chunk in plan.chunks:
+            scheduler.table.commit(chunk.chain.lease, chunk.chain.ids, chunk.end)
+        return shape(plan)
+
+    assert read() == ([], [(0, 0, 10)])  # alone, though there is budget for more
+    assert read() == ([0], [(1, 8, 2), (2, 4, 6), (3, 0, 3)])
+    assert read() == ([0, 1, 2], [(3, 3, 3)])
+    assert alike[0].num_cached == 0 and alike[1].num_cached == 8 and alike[2].num_cached == 4
+
+
+@pytest.mark.parametrize("why", ["salt", "scores from the start", "no cache", "not the same", "too short"])
+def test_who_gains_nothing_from_the_cache_does_not_wait_for_it(why):
+    scheduler = make()
+    scheduler.table.reuse = why != "no cache"
+    length = 4 if why == "too short" else 10
+    first, second = chain(0, length), chain(0, length)
+    if why == "salt":
+        second.salt = "another adapter"
+    elif why == "scores from the start":
+        second.wanted_from = 1
+    elif why == "not the same":
+        second.ids[3] = 99
+    scheduler.add(first)
+    scheduler.add(second)
+    assert len(step(scheduler).chunks) == 2
+
+
+def test_of_prompts_in_pieces_only_the_first_is_read_and_the_second_follows_behind_it():
+    scheduler = make(num_pages=65, budget=8)
+    first, second = chain(0, 40), chain(0, 40)
+    second.order = (1, 0)
+    scheduler.add(first)
+    scheduler.add(second)
+    tokens = 0
+    for _ in range(10):
+        plan = step(scheduler)
+        tokens += sum(chunk.count for chunk in plan.chunks)
+        for chunk in plan.chunks:
+            scheduler.table.commit(chunk.chain.lease, chunk.chain.ids, chunk.end)
+    assert tokens == 40 + 1 and second.num_cached == 39  # the last token must run: its logits are wanted

@@ -76,6 +76,11 @@ class Chain:
         return max(first_row, 0)
 
     @property
+    def num_shared(self) -> int:
+        """Leading tokens of its prompt that others may take from the cache, once they are there."""
+        return self.num_prompt if self.num_dense is None else min(self.num_dense, self.num_prompt)
+
+    @property
     def can_decode(self) -> bool:
         return self.decoding and self.total < self.limit
 

@@ -150,6 +150,8 @@ class Scheduler:
                 budget -= self._prefill(chain, budget, plan)
         held_up = stalled or preemptions < self.num_preemptions or any(map(self._is_behind, self.running))
         while self.waiting and budget and not held_up and self.can_admit(self.waiting[0]):
+            if self._is_being_read(self.waiting[0]):
+                break
             count = self._prefill(self._admit(plan), budget, plan)
             budget -= count
             if not count:  # no place for more prompts in this step
@@ -162,6 +164,17 @@ class Scheduler:
     def _is_behind(self, chain: Chain) -> bool:
         """Whether it could have run more tokens in this step."""
         return chain.can_prefill and not (chain.is_forced and chain.step == self._step)
+
+    def _is_being_read(self, chain: Chain) -> bool:
+        """Whether a running chain is yet to share the next page of a prompt that this one starts with: it soon will."""
+        size = self.table.page_size
+        for other in self.running:
+            if other.lease is None or other.salt != chain.salt:
+                continue
+            end = (len(other.lease.nodes) + 1) * size  # with the first page that is not in the cache yet
+            if end <= min(other.num_shared, chain.reuse_limit) and other.ids[:end] == chain.ids[:end]:
+                return self.table.reuse
+        return False
 
     def _decode(self, chain: Chain, plan: Plan) -> bool:
         if not self._grow(chain, 1, plan):
