@@ -4,7 +4,7 @@
 
 Replays published traces (rows with ``answer_found`` dropped; array order is arrival order) at four rates, in three
 orders: as they came, with the questions shuffled, and with 64 samples interleaved at random. Bars are about the
-worst of all streams and orders. Tuned on stream ``pair`` alone: gamma_turn, gamma_question, turn_bins, shrinkage.
+worst of all streams and orders. Tuned on stream ``pair`` alone: gamma_turn, gamma_question, turn_bins.
 Also what the other modes make of the same streams, and the time of one decision with 200,000 scores.
 """
 

@@ -92,10 +92,10 @@ def run(
         )  # fmt: skip
     result = summary(outcome)
     _show(result)
+    write_result({"scale": str(problems), "draft": draft, "target": target, **result}, json_out)
     if picture:
         draw(outcome, picture)
         err.print(f"picture: {picture}")
-    write_result({"scale": str(problems), "draft": draft, "target": target, **result}, json_out)
 
 
 def _opened(model: str) -> Any:

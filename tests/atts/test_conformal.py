@@ -201,6 +201,9 @@ def test_the_coin_does_not_look():
         ({"alpha": True}, "alpha"),
         ({"mode": "per-qestion"}, "did you mean 'per-question'"),
         ({"gamma": 0}, "gamma"),
+        ({"gamma": 1e-320}, "gamma"),  # its bound would be infinite, which no JSON says
+        ({"gamma_turn": float("nan")}, "gamma_turn"),
+        ({"gamma_question": float("inf")}, "gamma_question"),
         ({"turn_bins": 0}, "turn_bins"),
     ],
 )

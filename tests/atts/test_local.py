@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from slipstream import SamplingParams, tasks
 from slipstream.atts.backends import Ask, BackendError, LocalBackend
 from slipstream.atts.config import ATTS
-from slipstream.atts.events import Decided, Ended, TakenOver
+from slipstream.atts.conformal import Conformal, Controller
+from slipstream.atts.events import Decided, Drafted, Ended, TakenOver
+from slipstream.atts.pipeline.run import Outcome
 from slipstream.atts.report import Cost, Machine, intensity, picture, summary
 from slipstream.cli_scale import app
 from slipstream.scaling import cost_of, local, open_model, scale, scale_sync
@@ -178,6 +180,25 @@ def test_intensity_falls_with_waiting():
     assert found["turn"]["sync_s"] > found["async"]["sync_s"] or found["turn"]["r"] < found["async"]["r"]
 
 
+def test_intensity_counts_the_work_that_was_done():
+    """A turn of 100 tokens that the target writes anew in 10, and one of 10 behind it; a test that read nothing."""
+    at = {"question": "q", "sample": 0, "turn": 0, "at_s": 1.0}
+    events = [
+        Drafted(**at, ids=[], tokens=100, finish="length"),
+        Decided(**at, number=0, nll=0.0, alpha=0.5, p=0.1, threshold=0.5, rejected=True),
+        TakenOver(**at, ids=[], tokens=10, finish="length"),
+        Drafted(**at | {"turn": 1}, ids=[], tokens=10, finish="length"),
+    ]
+    cost, machine, found = Cost(1.0, 1.0, 1.0), Machine(1.0, 1.0), {}
+    for takeover in ("replace", "continue"):
+        outcome = Outcome(ATTS(takeover=takeover), Controller(Conformal()).certificate(), events)
+        found[takeover] = intensity(outcome, cost, cost, machine)
+        assert found[takeover]["compute_s"] == 2 * 120
+        assert found[takeover]["r"] == 240 / (found[takeover]["memory_s"] + found[takeover]["sync_s"])
+    assert found["replace"]["memory_s"] == 120 + 10 * 10  # weights once a token, and what was before it
+    assert found["continue"]["memory_s"] == 120 + 10 * 100 + 10 * 110
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -214,6 +235,10 @@ def test_command_line_end_to_end_and_resume(tmp_path):
         (['{"prompt": ""}'], "line 1: prompt must be a non-empty str"),
         (['{"prompt": "x", "choices": ["a", "b"], "answer": "b"}'], "line 1: choices need"),
         ([""], "holds no problems"),
+        (['{"messages": ["x"]}'], "line 1: messages are a list of"),
+        (['{"prompt_token_ids": [1, true]}'], "line 1: prompt_token_ids are integers"),
+        (['{"prompt": "x"}', '{"prompt": "\\ud800"}'], "line 2: 'utf-8' codec can't encode"),
+        (["[" * 100_000], "line 1: maximum recursion"),
     ],
 )
 def test_bad_problem_files_are_named_before_any_model_is_loaded(tmp_path, lines, message, monkeypatch):

@@ -7,13 +7,13 @@ import time
 import pytest
 from simulated import Model, failing, problems, scale
 
-from slipstream.atts.backends import BackendError, Turn
+from slipstream.atts.backends import BackendError, Turn, prompt_ids
 from slipstream.atts.config import ATTS
 from slipstream.atts.events import Decided, Drafted, Ended, Failed, Limited, Looped, TakenOver
 from slipstream.atts.pipeline.chain import Context, Gate, Together, repeated_share
 from slipstream.atts.pipeline.clock import run_virtual
 from slipstream.atts.pipeline.run import Run
-from slipstream.atts.report import summary
+from slipstream.atts.report import picture, summary
 
 SMALL = {"samples": 4, "turns": 8, "draft_tokens": 20, "target_tokens": 20, "settle": False, "takeover": "continue"}
 
@@ -95,8 +95,8 @@ def test_the_twins_write_the_same_text_and_wait_longer():
     runs = run_schedules(alpha=0.4, mode="per-question", samples=8, draft_concurrency=3, gather=1)
     seconds = {name: run[1] for name, run in runs.items()}
     assert seconds["async"] < seconds["question"] <= seconds["turn"]
-    waits = {name: sum(e.wait_s for e in of(run[0], TakenOver)) for name, run in runs.items()}
-    assert waits["turn"] > waits["question"]
+    waits = {name: sum(e.wait_s for e in of(run[0], Decided)) for name, run in runs.items()}
+    assert waits["turn"] > waits["question"] == 0  # there are places for all scores
 
 
 def test_the_turn_barrier_keeps_stages_apart():
@@ -333,6 +333,7 @@ def test_a_cost_budget_counts_what_the_draft_and_the_scores_cost():
         ({"samples": 0}, "samples must be an integer of at least 1"),
         ({"token_budget": 100, "cost_budget": 5.0}, "not both"),
         ({"prices": "1,2"}, "three numbers"),
+        ({"prices": "nan,0,1", "cost_budget": 9.0}, "NaN"),
         ({"score": "perplexty"}, "did you mean 'perplexity'"),
         ({"takeover": "contine"}, "did you mean 'continue'"),
         ({"loop_share": 0.0}, "loop_share"),
@@ -346,9 +347,11 @@ def test_bad_options_are_refused_before_any_work(options, message):
 
 
 def test_a_run_needs_problems_with_ids_of_their_own():
-    for wrong, message in (([], "no problems"), (problems(1) * 2, "same id")):
+    for wrong, message in (([], "no problems"), (problems(1) * 2, "same id"), ([{"prompt": "x"}], "needs an id")):
         with pytest.raises(ValueError, match=message):
             Run(wrong, Model(), Model())
+    with pytest.raises(ValueError, match="problem 'a' has no prompt"):
+        prompt_ids({"id": "a"}, None, chat=False)
 
 
 def test_a_target_that_cannot_score_is_refused_for_scores_that_read_it():
@@ -404,6 +407,33 @@ def test_pass_and_majority_are_counted_apart():
     assert found["pass@1"] == pytest.approx(sum(map(sum, ends.values())) / 80)
     assert found["pass@4"] == sum(map(any, ends.values())) / 20
     assert found["pass@1"] < found["maj@4"] < found["pass@4"]
+
+
+def test_of_equal_votes_the_first_sample_has_it_whoever_came_first():
+    run, at = Run(problems(1), Model(), Model(), ATTS(samples=2)), {"question": "q0", "turn": 0, "at_s": 0.0}
+    run._ended["q0"] = [Ended(**at, sample=sample, reason="answer", answer=answer, correct=answer == "42")
+                        for sample, answer in ((1, "7"), (0, "42"))]  # fmt: skip
+    assert asyncio.run(run._majority("q0")) == ("42", True)
+
+
+def test_a_tokenizer_that_fails_ends_its_chain_visibly():
+    class Mute(Model):
+        async def decode(self, ids):
+            await self._work(("decode",), 0.0)
+            return await super().decode(ids)
+
+    outcome, *_ = scale(ATTS(**SMALL), draft=Mute("draft", fail=failing("", after=9, every=5)("decode", "http 500")))
+    failed = of(outcome, Failed)
+    assert failed and {(e.stage, e.policy, e.what) for e in failed} == {("text", "drop", "http 500: as ordered")}
+    reasons = [e.reason for e in of(outcome, Ended)]
+    assert len(reasons) == 12 and 0 < reasons.count("failed") == len(failed) < 12
+
+
+def test_a_picture_takes_any_name(tmp_path):
+    named = [p | {"id": rf"$\frac_{p['id']}$ <é>"} for p in problems(2)]
+    outcome, _ = run_virtual(Run(named, Model("draft"), Model("target"), ATTS(**SMALL)).run())
+    picture(outcome, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 # -- what both models read

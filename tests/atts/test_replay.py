@@ -61,6 +61,9 @@ def test_agreement_with_the_ranking_that_waits():
     assert agreement(tests, [True, True, False, False, False], 0.4) == 1.0
     assert agreement(tests, [False, True, True, False, False], 0.4) == pytest.approx(0.6)
     assert agreement(tests[:4], [True] * 4, 0.4) is None
+    equal = [test._replace(nll=1.0) for test in tests]  # any two are the most doubtful, a third is not
+    assert agreement(equal, [False, False, True, False, True], 0.4) == 1.0
+    assert agreement(equal, [False, True, True, False, True], 0.4) == pytest.approx(0.8)
 
 
 def test_summary_measures_what_it_says():
@@ -92,6 +95,14 @@ def test_the_question_is_centred_out():
         ('{"question": 1, "sample": 0, "turn": 0, "nll": NaN}', "line 2.*NaN"),
         ('{"question": [1], "sample": 0, "turn": 0, "nll": 1}', "line 2"),
         ("[1, 2]", "line 2"),
+        ("[" * 100_000, "line 2"),
+        ('{"question": 1, "sample": 0, "turn": 0, "nll": true}', "line 2"),
+        ('{"question": 1, "sample": 0, "turn": 0, "nll": "1"}', "line 2"),
+        ('{"question": 1, "sample": true, "turn": 0, "nll": 1}', "line 2"),
+        ('{"question": null, "sample": 0, "turn": 0, "nll": 1}', "line 2"),
+        ('{"question": NaN, "sample": 0, "turn": 0, "nll": 1}', "line 2.*NaN"),
+        ('{"question": 1, "sample": 0, "turn": 0, "nll": 1' + "0" * 400 + "}", "line 2"),
+        ('{"kind": "decidid", "question": 1, "sample": 0, "turn": 0, "nll": 1}', "line 2"),
         ('{"question": 1, "sample": 0, "turn": "x", "nll": 1}', "line 2"),
         ('{"question": 1, "sample": 0, "turn": 1.5, "nll": 1}', "line 2"),
         ('{"question": 1, "sample": 0, "turn": -1, "nll": 1}', "line 2.*negative"),
@@ -119,7 +130,22 @@ def test_arrays_that_are_no_stream_are_refused_by_name(tmp_path):
         np.savez(path, problem=[1, 2, 3], sample=[0, 0, 0], turn=turn, ppl=ppl)
         with pytest.raises(ValueError, match=message):
             read_tests(path)
-    path.write_bytes(b"no zip")
+    columns = {"problem": [1, 2], "sample": [0, 0], "turn": [0, 0], "ppl": [1.5, 2.0]}
+    for name, wrong, message in (
+        ("ppl", ["1", "2"], "ppl may not be of <U1"), ("turn", [False, True], "turn may not be of bool"),
+        ("turn", [0, 0.5], "row 1"), ("sample", [0, np.nan], "row 1"), ("problem", [1.0, np.nan], "row 1"),
+        ("problem", np.array([{}, {}]), f"{path} is not an .npz"), ("answer_found", ["no"] * 2, "answer_found may not"),
+    ):  # fmt: skip
+        np.savez(path, **columns | {name: wrong})
+        with pytest.raises(ValueError, match=message):
+            read_tests(path)
+    np.savez(path, **columns)
+    for data in (b"no zip", b"", path.read_bytes()[:-40], path.read_bytes().replace(b"NUMPY", b"NUMPI")):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="not an .npz"):
+            read_tests(path)
+    with path.open("wb") as file:
+        np.save(file, [1.0])
     with pytest.raises(ValueError, match="not an .npz"):
         read_tests(path)
 
@@ -151,6 +177,24 @@ def test_streams_that_nobody_tuned_on(stream, order):
         found = summary(tests, Conformal(alpha=alpha))
         assert found["deviation"] <= 0.002 and found["worst_window"] <= 0.06 and found["certificate"]["holds"]
         assert found["question_deviation"] <= 0.06, (alpha, found["question_deviation"])
+
+
+SHAPES = {
+    "offsets": lambda q, t, draw: 1000 * random.Random(q).gauss(0, 1) + draw.gauss(0, 0.6),
+    "long tail": lambda q, t, draw: math.exp(draw.gauss(0, 3)),
+    "trends": lambda q, t, draw: t * random.Random(q).gauss(0, 0.4) + draw.gauss(0, 0.6),
+    "huge": lambda q, t, draw: draw.choice([-1.7e308, 1.7e308, 1e308]) * draw.random(),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_right_turns_are_chosen_whatever_the_scale(shape):
+    """Questions far apart, scores far out, a trend of each question's own: as a ranking that waits would choose."""
+    draw = random.Random(5)
+    tests = [Row(i // 240, i % 16, i % 240 // 16, SHAPES[shape](i // 240, i % 240 // 16, draw)) for i in range(6000)]
+    tests.sort(key=lambda t: (t.question // 4, draw.random()))  # 64 samples at once, each at a turn of its own
+    found = summary(tests, Conformal(alpha=0.4))
+    assert found["agreement"] >= 0.78 and found["deviation"] <= 0.002 and found["question_deviation"] <= 0.06
 
 
 def test_a_log_of_200_000_rows_takes_seconds(tmp_path):

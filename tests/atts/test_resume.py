@@ -1,5 +1,6 @@
 """The log: what a run leaves behind when it is killed, and how it goes on."""
 
+import asyncio
 import collections
 import errno
 import json
@@ -210,6 +211,32 @@ def test_the_certificate_of_a_run_is_that_of_its_stream():
         if isinstance(event, Decided):
             assert controller.decide(event.question, event.turn, event.nll)[0] == event.number
     assert controller.certificate() == outcome.certificate
+
+
+def test_two_runs_on_one_log_are_refused_and_a_killed_one_lets_go(tmp_path):
+    log = tmp_path / "run.jsonl"
+    process = start(log)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not log.exists() or not log.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    config = ATTS(samples=4, turns=8, draft_tokens=20, target_tokens=20)
+    second = Run(problems(12), Model("draft"), Model("target"), config, log=log, resume=True)
+    with pytest.raises(ValueError, match="written by a run that goes on"):
+        asyncio.run(second.run())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    Log(log, second._header(), resume=True).close()
+
+
+def test_a_file_that_is_no_log_is_not_emptied(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("what I know")
+    with pytest.raises(ValueError, match="line 1: not the header of a run"):
+        scale(ATTS(**SMALL), log=path, resume=True)
+    assert path.read_text() == "what I know"
+    path.write_text('{"kind": "ru')  # killed while it wrote its first line
+    assert len(scale(ATTS(**SMALL), log=path, resume=True)[0].events) + 1 == len(lines_of(path))
 
 
 def test_nothing_is_kept_without_a_log(tmp_path, monkeypatch):

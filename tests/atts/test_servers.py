@@ -228,9 +228,29 @@ def test_unreachable_and_wrong_models_are_refused_on_opening(kind):
     many, _ = make(kind, models=("a", "b"))
     with pytest.raises(ValueError, match="name the model"):
         do(many.open())
+    with pytest.raises(ValueError, match="does not answer"):
+        do(SERVERS[kind][0]("http://[::1").open())
     nobody = SERVERS[kind][0]("http://127.0.0.1:9", retries=1, backoff_s=0.0)
     with pytest.raises(ValueError, match="does not answer"):
         do(nobody.open())
+
+
+def test_a_tokenizer_elsewhere_that_answers_otherwise_is_a_failure():
+    for answer in ({}, [1]):
+        server, _ = make("vllm", plan=[answer, answer])
+        for call in (server.prompt(problems(1)[0]), server.decode([11])):
+            with pytest.raises(BackendError, match="tokenize without the promised fields"):
+                do(call)
+
+
+def test_who_is_silent_is_not_waited_for(monkeypatch):
+    async def answer(request):
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr("slipstream.atts.servers.OPEN_S", 0.05)
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    with pytest.raises(ValueError, match=r"http://here does not answer within 0.05 s"):
+        do(VLLMServer("http://here", client=client).open())
 
 
 @pytest.mark.parametrize("target", [make("vllm", model="other")[0], VLLMServer("http://127.0.0.1:9", retries=0)])

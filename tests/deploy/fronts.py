@@ -61,7 +61,7 @@ class Fronted(Running):
     """An entrance before named replicas (things with a ``url``) of the pool and model ``m``."""
 
     def __init__(self, replicas, key="theirs", **front):
-        quick = {"wait_s": 5, "probe_s": 0.05, "probe_limit_s": 3, "silence_s": 5}
+        quick = {"wait_s": 20, "probe_s": 0.05, "probe_limit_s": 20, "silence_s": 20}  # a busy machine loses nobody
         self.entrance = Entrance(Front(**(quick | front)), KEY)
         super().__init__(self.entrance.app())
         self.key = key

@@ -199,6 +199,8 @@ def prompt_ids(problem: Mapping[str, Any], codec: Any, chat: bool) -> list[int]:
     """See :meth:`Backend.prompt`; a plain prompt becomes the user's message where there is a chat template."""
     if "prompt_token_ids" in problem:
         return list(problem["prompt_token_ids"])
+    if not {"prompt", "messages"} & problem.keys():
+        raise ValueError(f"problem {problem.get('id')!r} has no prompt, messages or prompt_token_ids")
     if codec is None:
         raise ValueError("a problem in text needs a tokenizer: name one, or give prompt_token_ids")
     if "messages" in problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,7 @@ class ATTS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.timeout_s <= 0:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.timeout_s > 0):
             raise ValueError("temperature must be at least 0, top_p in (0, 1], timeout_s above 0")
         if self.loop_ngram < 0 or not 0 < self.loop_share <= 1:
             raise ValueError("loop_ngram must be at least 0, loop_share in (0, 1]")
@@ -103,8 +104,8 @@ class ATTS:
             draft, score, target = map(float, self.prices.split(","))
         except ValueError as error:
             raise ValueError(f"prices are three numbers (draft,score,target), got {self.prices!r}") from error
-        if min(draft, score, target) < 0:
-            raise ValueError(f"prices may not be negative, got {self.prices!r}")
+        if not all(0 <= price < math.inf for price in (draft, score, target)):
+            raise ValueError(f"prices may not be negative, nor infinite or NaN, got {self.prices!r}")
         return Prices(draft, score, target) if self.cost_budget is not None else Prices()
 
     @property

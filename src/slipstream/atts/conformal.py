@@ -69,6 +69,48 @@ def p_value(pool: SortedPool, score: float, u: float) -> float:
     return (greater + u * (equal + 1)) / (len(pool) + 1)
 
 
+class Centre:
+    """Takes from a score what scores of its group are like; what a group is like, is no news about one of its tests.
+
+    That is the group's median so far, moved towards the median of all by as much as groups resemble each other: the
+    mean distances of scores from both medians tell (empirical Bayes), so that nothing has to be tuned to a stream's
+    scale, and a few scores far out move nothing. Medians are of the ``_KEPT`` latest or so: a list at its length loses
+    one drawn at random.
+    """
+
+    _KEPT = 512
+    _FAR = 1e100  # as good as infinite: neither centred nor counted, so that no sum overflows
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+        self._all: list[float] = []
+        self._groups: dict[Hashable, list[float]] = defaultdict(list)
+        self._own = self._common = 0.0  # distances from the group's median and from that of all, summed
+        self._compared = 0
+
+    def __call__(self, group: Hashable, score: float) -> float:
+        if abs(score) >= self._FAR:
+            return score
+        members, common = self._groups[group], _median(self._all, score)
+        count, own = len(members), _median(members, common)
+        ratio = min(0.99, self._own / self._common) if self._compared >= 20 and self._common else 0.8
+        weight = ratio**2 / (1 - ratio**2)
+        if count:
+            self._own += abs(score - own) * math.sqrt(count / (count + 1))
+            self._common += abs(score - common)
+            self._compared += 1
+        for kept in (self._all, members):
+            insort(kept, score)
+            if len(kept) > self._KEPT:
+                del kept[self._random.randrange(len(kept))]
+        return score - (count * own + weight * common) / (count + weight) if count else score - common
+
+
+def _median(ordered: list[float], otherwise: float) -> float:
+    count = len(ordered)
+    return (ordered[count // 2] + ordered[(count - 1) // 2]) / 2 if count else otherwise
+
+
 class Martingale:
     """The Simple Jumper (Vovk, Gammerman, Shafer 2022, algorithm 8.1): wealth of bets against uniform p-values.
 
@@ -98,16 +140,16 @@ class Martingale:
 class Conformal:
     """How turns are chosen.
 
-    alpha: share of tests that the target takes over, in [0, 1]. mode: ``per-question`` (question-centred score;
-    integrators all, turn, question), ``marginal`` (raw score; all, turn), ``static`` (the paper's: ``p <= alpha``
-    against frozen scores, no integrator), ``coin`` (the score is not looked at: the control arm).
+    alpha: share of tests that the target takes over, in [0, 1]. mode: ``per-question`` (score centred by
+    question, then by the question's turn; integrators all, turn, question), ``marginal`` (raw score; all, turn),
+    ``static`` (the paper's: ``p <= alpha`` against frozen scores, no integrator), ``coin`` (the score is not looked at:
+    the control arm).
     gamma, gamma_turn, gamma_question: step of each integrator; their sum x moves the threshold by
     ``x / (alpha (1 - alpha))`` of log-odds, which is x near alpha. turn_bins: turns from the last bin on share one
-    pool. shrinkage: how many tests of the average question are mixed into a question's mean. window: tests per window
-    in the certificate. seed: of the randomised p-values.
+    pool. window: tests per window in the certificate. seed: of the randomised p-values.
 
-    Tuned on stream ``pair`` of the published traces: gamma_turn, gamma_question, turn_bins, shrinkage. gamma is set so
-    that the guarantee itself is 0.06 in every window of 200.
+    Tuned on stream ``pair`` of the published traces: gamma_turn, gamma_question, turn_bins. gamma is set so that the
+    guarantee itself is 0.06 in every window of 200.
     """
 
     alpha: float = 0.3
@@ -116,7 +158,6 @@ class Conformal:
     gamma_turn: float = 0.01
     gamma_question: float = 0.075
     turn_bins: int = 8
-    shrinkage: float = 2.0
     window: int = 200
     seed: int = 0
 
@@ -125,10 +166,10 @@ class Conformal:
             raise ValueError(f"alpha must be a share in [0, 1], got {self.alpha!r}")
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; {nearest(str(self.mode), MODES)}")
-        if not 0 < self.gamma <= 1 or min(self.gamma_turn, self.gamma_question) < 0:
-            raise ValueError("gamma must be in (0, 1], gamma_turn and gamma_question at least 0")
-        if self.turn_bins < 1 or self.window < 1 or self.shrinkage < 0:
-            raise ValueError("turn_bins and window must be at least 1, shrinkage at least 0")
+        if not (1e-6 <= self.gamma <= 1 and 0 <= self.gamma_turn <= 1 and 0 <= self.gamma_question <= 1):
+            raise ValueError("gamma must be in [1e-6, 1], gamma_turn and gamma_question in [0, 1]")
+        if self.turn_bins < 1 or self.window < 1:
+            raise ValueError("turn_bins and window must be at least 1")
 
     @property
     def adapts(self) -> bool:
@@ -223,8 +264,7 @@ class Controller:
         self._frozen = SortedPool(calibration)
         self._given = len(self._frozen) > 0
         self._pools: dict[int, SortedPool] = defaultdict(SortedPool)
-        self._means: dict[Hashable, tuple[int, float]] = {}
-        self._sum, self._count = 0.0, 0
+        self._by_question, self._by_turn = Centre(), Centre()
         self._everything = Group()
         self._turns: dict[int, Group] = defaultdict(Group)
         self._questions: dict[Hashable, Group] = defaultdict(Group)
@@ -268,22 +308,11 @@ class Controller:
                 self._frozen.add(score)
             return p
         pool = self._pools[self._bin(turn)]
-        centred = self._centred(question, score) if self.config.mode == "per-question" else score
-        p = p_value(pool, centred, u)
-        pool.add(centred)
+        if self.config.mode == "per-question":
+            score = self._by_turn((question, turn), self._by_question(question, score))
+        p = p_value(pool, score, u)
+        pool.add(score)
         return p
-
-    def _centred(self, question: Hashable, score: float) -> float:
-        """The score less its question's mean so far; how hard a question is, is no news about a turn."""
-        if math.isinf(score):
-            return score
-        overall = self._sum / self._count if self._count else score
-        count, total = self._means.get(question, (0, 0.0))
-        weight = self.config.shrinkage
-        mean = (total + weight * overall) / (count + weight) if count + weight else score
-        self._means[question] = (count + 1, total + score)
-        self._sum, self._count = self._sum + score, self._count + 1
-        return score - mean
 
     def _record(self, question: Hashable, turn: int, decision: Decision) -> None:
         alpha, rejected = decision.alpha, decision.rejected

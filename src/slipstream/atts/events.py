@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import time
@@ -91,7 +92,7 @@ class TakenOver(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """A stage (draft, score, take-over, log) failed for good. policy: what is done instead."""
+    """A stage (draft, score, take-over, text, log) failed for good. policy: what is done instead."""
 
     kind = "failed"
     stage: str
@@ -113,6 +114,9 @@ class Ended(Event):
 KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in (Drafted, Looped, Decided, Limited, TakenOver, Failed, Ended)}
 
 
+_BEGINNING = b'{"kind": "run"'
+
+
 class LogFailed(OSError):
     """The log cannot be written (a full disk, say). The run stops: nothing is decided that is not on record."""
 
@@ -125,7 +129,8 @@ class Log:
     more than that. A last line that was half written is dropped.
 
     path: None keeps nothing. header: what must be equal for a run to go on. Raises ``ValueError`` for a log that is
-    there although ``resume`` is False, that belongs to another run, or that has a line which is no event.
+    there although ``resume`` is False, that belongs to another run, that another process writes to, or that has a line
+    which is no event.
     """
 
     def __init__(
@@ -138,18 +143,33 @@ class Log:
         if path is None:
             return
         path = Path(path)
-        written = path.read_bytes() if path.exists() else b""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._size = self._taken_up(path, self._file, json.loads(json.dumps(dict(header))), resume)
+            os.ftruncate(self._file, self._size)
+            if not self._size:
+                self._write(json.dumps({"kind": "run"} | dict(header)))
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _taken_up(self, path: Path, file: int, header: dict[str, Any], resume: bool) -> int:
+        """Bytes of a log that is there, read; it is this process' own while it lives."""
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is written by a run that goes on: wait for it, or choose another log") from None
+        with open(file, "rb", closefd=False) as opened:  # closing another descriptor would give up the lock
+            written = opened.read()
         if written and not resume:
             raise ValueError(f"{path} holds a run already: --resume goes on with it, or choose another log")
-        self._size = self._read(path, written, json.loads(json.dumps(dict(header)))) if written else 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, self._size)
-        if not self._size:
-            self._write(json.dumps({"kind": "run"} | dict(header)))
+        return self._read(path, written, header) if written else 0
 
     def _read(self, path: Path, written: bytes, header: dict[str, Any]) -> int:
         whole = written[: written.rfind(b"\n") + 1]
+        if not whole and not _BEGINNING.startswith(written[: len(_BEGINNING)]):
+            raise ValueError(f"{path}, line 1: not the header of a run")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)

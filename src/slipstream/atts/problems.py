@@ -25,7 +25,7 @@ def read_problems(path: str | Path, seed: int = 0) -> list[dict[str, Any]]:
             continue
         try:
             problem = _problem(json.loads(line), number, seed)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if problem["id"] in lines:
             raise ValueError(f"{path}, line {number}: id {problem['id']!r} is also that of line {lines[problem['id']]}")
@@ -43,6 +43,11 @@ def _problem(row: Any, number: int, seed: int) -> dict[str, Any]:
     value, kind = row[found[0]], _KINDS[found[0]]
     if not isinstance(value, kind) or not value:
         raise ValueError(f"{found[0]} must be a non-empty {kind.__name__}")
+    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate is no text
+    if found[0] == "messages" and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        raise ValueError('messages are a list of {"role", "content"}')
+    if found[0] == "prompt_token_ids" and not all(type(token) is int and token >= 0 for token in value):
+        raise ValueError("prompt_token_ids are integers of at least 0")
     problem = {**row, "id": str(row.get("id", number))}
     if "choices" in row:
         if found[0] != "prompt" or not isinstance(row["choices"], list) or not isinstance(row.get("answer"), int):

@@ -11,11 +11,14 @@ from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
+from zlib import error as BadData
 
 import numpy as np
 
 from slipstream.atts.conformal import Certificate, Conformal, Controller
+from slipstream.atts.events import KINDS
 
+_COLUMNS = {"problem": "iufUS", "sample": "iuf", "turn": "iuf", "ppl": "iuf", "answer_found": "biuf"}  # kinds of arrays
 _GROUP = 5  # smallest (question, turn) group whose synchronous ranking means anything
 
 
@@ -35,34 +38,40 @@ def read_tests(path: str | Path, stream: str | None = None) -> list[Test]:
     whose ``answer_found`` is set (where there is one) are no tests. Raises ``ValueError`` naming the wrong line.
     """
     path = Path(path)
-    tests = _from_arrays(path, stream) if path.suffix == ".npz" else list(_from_lines(path))
+    tests = _from_arrays(path, stream) if path.suffix.lower() == ".npz" else list(_from_lines(path))
     if not tests:
         raise ValueError(f"{path} holds no tests")
     return tests
 
 
 def _from_arrays(path: Path, stream: str | None) -> list[Test]:
+    prefix = f"{stream}__" if stream else ""
     try:
-        opened = np.load(path)
-    except (ValueError, BadZipFile) as error:
+        with np.load(path) as opened:
+            files = opened.files
+            given = {name: np.asarray(opened[prefix + name]) for name in _COLUMNS if prefix + name in files}
+    except (ValueError, TypeError, EOFError, BadZipFile, BadData) as error:
         raise ValueError(f"{path} is not an .npz of arrays ({error})") from None
-    with opened as arrays:
-        prefix = f"{stream}__" if stream else ""
-        missing = [n for n in ("problem", "sample", "turn", "ppl") if prefix + n not in arrays]
-        if missing:
-            streams = sorted({name.split("__")[0] for name in arrays.files if "__" in name})
-            hint = f"; it has the streams {', '.join(streams)}: name one" if streams else ""
-            raise ValueError(f"{path} lacks the arrays {', '.join(prefix + n for n in missing)}{hint}")
-        columns = [arrays[prefix + name] for name in ("problem", "sample", "turn", "ppl")]
-        found = arrays[prefix + "answer_found"] if prefix + "answer_found" in arrays else np.zeros(columns[0].shape)
-    if columns[0].ndim != 1 or any(column.shape != found.shape for column in columns):
-        raise ValueError(f"{path}: the arrays of {stream or 'the stream'} must be equally long lists")
-    problem, sample, turn, ppl = (column[found == 0] for column in columns)
-    bad = np.flatnonzero(~(np.asarray(ppl, float) > 0) | (np.asarray(turn) < 0))
+    missing = [prefix + name for name in _COLUMNS if name not in given and name != "answer_found"]
+    if missing:
+        streams = sorted({name.split("__")[0] for name in files if "__" in name})
+        hint = f"; it has the streams {', '.join(streams)}: name one" if streams else ""
+        raise ValueError(f"{path} lacks the arrays {', '.join(missing)}{hint}")
+    for name, column in given.items():
+        if column.ndim != 1 or column.shape != given["problem"].shape:
+            raise ValueError(f"{path}: the arrays of {stream or 'the stream'} must be equally long lists")
+        if column.dtype.kind not in _COLUMNS[name]:
+            raise ValueError(f"{path}: the array {prefix}{name} may not be of {column.dtype}")
+    tested = given.pop("answer_found", np.zeros(given["problem"].shape)) == 0
+    problem, sample, turn, ppl = (column[tested] for column in given.values())
+    bad = np.flatnonzero(~(ppl > 0) | (problem != problem) | (sample % 1 != 0) | (turn % 1 != 0) | (turn < 0))
     if bad.size:
-        raise ValueError(f"{path}, row {bad[0]} of the tests: a perplexity must be above 0 and a turn at least 0")
+        raise ValueError(
+            f"{path}, row {bad[0]} of the tests: a perplexity must be above 0, sample and turn whole, a turn at least 0"
+        )
     nll = np.log(ppl.astype(float))
-    return [Test(*row) for row in zip(problem.tolist(), sample.tolist(), turn.tolist(), nll.tolist(), strict=True)]
+    rows = zip(problem.tolist(), sample.tolist(), turn.tolist(), nll.tolist(), strict=True)
+    return [Test(question, int(sample), int(turn), nll) for question, sample, turn, nll in rows]
 
 
 def _from_lines(path: Path) -> Any:
@@ -71,16 +80,21 @@ def _from_lines(path: Path) -> Any:
             continue
         try:
             row = json.loads(line)
-            if row.get("kind", "decided") != "decided":
+            kind = row.get("kind", "decided")
+            if kind != "decided" and kind in (*KINDS, "run"):
                 continue
-            test = Test(row["question"], index(row["sample"]), index(row["turn"]), float(row["nll"]))
-            hash(test.question)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            values = [row[name] for name in Test._fields]
+            if kind != "decided" or None in values or any(isinstance(value, bool) for value in values):
+                raise ValueError(f"no test is {line.decode()[:80]}")
+            question, sample, turn, nll = values
+            test = Test(question, index(sample), index(turn), nll + 0.0)
+            hash(question)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f'{path}, line {number}: not {{"question", "sample", "turn", "nll"}} ({type(error).__name__}: {error})'
             ) from None
-        if math.isnan(test.nll) or test.turn < 0:
-            raise ValueError(f"{path}, line {number}: nll is NaN or turn is negative")
+        if math.isnan(test.nll) or question != question or test.turn < 0:
+            raise ValueError(f"{path}, line {number}: nll or question is NaN, or turn is negative")
         yield test
 
 
@@ -95,7 +109,8 @@ def agreement(tests: Sequence[Test], rejected: Sequence[bool], alpha: float) -> 
     """Share of decisions that a synchronous ranking would have taken too.
 
     It waits for all tests of a (question, turn) group and hands the round(alpha n) most doubtful to the target. Groups
-    of fewer than five are left out; None when there are no others.
+    of fewer than five are left out; None when there are no others. Of equal scores it takes
+    those that were taken, as far as it has room.
     """
     groups: dict[tuple[Hashable, int], list[tuple[float, bool]]] = defaultdict(list)
     for test, taken in zip(tests, rejected, strict=True):
@@ -103,7 +118,7 @@ def agreement(tests: Sequence[Test], rejected: Sequence[bool], alpha: float) -> 
     agreed = total = 0
     for group in groups.values():
         if len(group) >= _GROUP:
-            ranked = sorted(group, key=lambda entry: -entry[0])
+            ranked = sorted(group, key=lambda entry: (-entry[0], not entry[1]))
             most = round(alpha * len(group))
             agreed += sum((place < most) == taken for place, (_, taken) in enumerate(ranked))
             total += len(group)
@@ -121,7 +136,7 @@ def summary(tests: Sequence[Test], config: Conformal) -> dict[str, Any]:
     for test, taken in zip(tests, rejected, strict=True):
         turns[test.turn].append(taken)
     questions = {str(key): group.rate for key, group in certificate.questions.items()}
-    deviations = [abs(rate - config.alpha) for rate in questions.values()]
+    deviations = [abs(group.rate - config.alpha) for group in certificate.questions.values()]
     return {
         "mode": config.mode,
         "alpha": config.alpha,

@@ -62,6 +62,7 @@ def intensity(outcome: Outcome, draft: Cost, target: Cost, machine: Machine) -> 
     wall = max((event.at_s for event in events), default=0.0) or 1e-9
     compute = memory = 0.0
     context: dict[tuple[str, int], int] = defaultdict(int)
+    drafted: dict[tuple[str, int], int] = defaultdict(int)
     busy: dict[type[Event], float] = defaultdict(float)
     for event in events:
         busy[type(event)] += getattr(event, "busy_s", 0.0)
@@ -69,7 +70,11 @@ def intensity(outcome: Outcome, draft: Cost, target: Cost, machine: Machine) -> 
         if not isinstance(event, (Drafted, Decided, TakenOver)):
             continue
         cost, tokens = (draft if isinstance(event, Drafted) else target), _tokens(event)
-        chain, steps = (event.question, event.sample), 1 if isinstance(event, Decided) else tokens
+        chain, steps = (event.question, event.sample), min(tokens, 1) if isinstance(event, Decided) else tokens
+        if isinstance(event, Drafted):
+            drafted[chain] = tokens
+        elif isinstance(event, TakenOver) and outcome.config.takeover == "replace":  # what is written anew is forgotten
+            context[chain] -= drafted.pop(chain, 0)
         together = max(1.0, busy[type(event)] / wall)
         compute += 2 * cost.parameters * tokens / machine.flops
         memory += steps * (cost.weight_bytes / together + cost.kv_bytes * context[chain]) / machine.bandwidth
@@ -141,6 +146,7 @@ def picture(outcome: Outcome, path: str | Path) -> None:
         "axes.spines.right": False,
         "legend.frameon": False,
         "axes.titlelocation": "left",
+        "text.parse_math": False,  # a question's id may hold dollars
     }
     with plt.rc_context(style):
         figure, ((running, turns), (questions, tokens)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")

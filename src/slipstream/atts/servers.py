@@ -10,6 +10,8 @@ import httpx
 
 from slipstream.atts.backends import Ask, BackendError, Turn, encode_middle, entropy_of, prompt_ids, vocabulary_of
 
+OPEN_S = 60.0  # for a server to say what it serves
+
 
 class Server:  # its subclasses add `extend` and `score`
     """What all servers share: requests with retries, the model's name, an optional tokenizer on our side.
@@ -46,11 +48,13 @@ class Server:  # its subclasses add `extend` and `score`
         return vocabulary_of(self._codec) if self._codec is not None else (type(self).__name__, self.url, self.name)
 
     async def open(self) -> None:
-        """Raises ``ValueError`` when nobody answers at the address, or another model than the one asked for."""
+        """Raises ``ValueError`` when nobody answers in ``OPEN_S``, or another model than the one meant."""
         try:
-            listed = (await self._ask("GET", "/v1/models"))["data"]
+            listed = (await asyncio.wait_for(self._ask("GET", "/v1/models"), OPEN_S))["data"]
             models = [entry["id"] for entry in listed]
-        except (BackendError, KeyError, TypeError) as error:
+        except TimeoutError:
+            raise ValueError(f"{self.url} does not answer within {OPEN_S:g} s") from None
+        except (BackendError, KeyError, TypeError, httpx.InvalidURL) as error:
             raise ValueError(f"{self.url} does not answer like an OpenAI-compatible server: {error}") from error
         if self.name and self.name not in models:
             raise ValueError(f"{self.url} does not serve {self.name!r} but {', '.join(models) or 'nothing'}")
@@ -79,11 +83,18 @@ class Server:  # its subclasses add `extend` and `score`
         if self._codec is not None:
             return str(self._codec.decode(ids))
         answer = await self._ask("POST", "/detokenize", {"model": self.name, "tokens": list(ids)})
-        return str(answer["prompt"] if "prompt" in answer else answer["text"])  # vLLM's word, SGLang's word
+        try:
+            return str(answer["prompt"] if "prompt" in answer else answer["text"])  # vLLM's word, SGLang's word
+        except (KeyError, TypeError) as error:
+            raise _shape("/detokenize", error) from error
 
     async def _tokenize(self, words: dict[str, Any], special: bool) -> list[int]:
         body = {"model": self.name, "add_special_tokens": special, **words}
-        return list((await self._ask("POST", "/tokenize", body))["tokens"])
+        answer = await self._ask("POST", "/tokenize", body)
+        try:
+            return list(answer["tokens"])
+        except (KeyError, TypeError) as error:
+            raise _shape("/tokenize", error) from error
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON of an answer. Raises :class:`BackendError` when it is refused, or when the retries are used up."""

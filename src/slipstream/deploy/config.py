@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +45,7 @@ Bytes = Annotated[str, AfterValidator(partial(_checked, parse_bytes))]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Range(Part):
@@ -76,8 +78,8 @@ class Pool(Part):
     """Replicas of one model. cpus, gpus, memory: what Ray sets aside for each. engine: options of ``LLM``. server:
     options of ``slipstream serve``. name: what clients call the model; default: as it is loaded."""
 
-    model: Annotated[str, AfterValidator(partial(_checked, find_model))]
-    name: str | None = None
+    model: Annotated[str, Field(min_length=1), AfterValidator(partial(_checked, find_model))]
+    name: Annotated[str, Field(min_length=1)] | None = None
     replicas: Count | Range = 1
     cpus: Amount = 1
     gpus: Amount = 0
@@ -105,16 +107,19 @@ class Pool(Part):
     @model_validator(mode="after")
     def _together(self) -> Pool:
         ranks, device = self.engine.get("tensor_parallel_size", 1), self.engine.get("device")
-        if self.gpus == 0 and device not in (None, "cpu"):
-            raise ValueError(f"engine.device is {device!r}, but the pool has no gpus")
+        found = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(device or "cpu"))
+        if not found or (device not in (None, "cpu") and self.gpus <= int(found[1] or 0)):
+            raise ValueError(f"engine.device is {device!r}, but the pool has {self.gpus:g} gpus (cpu, cuda or cuda:N)")
         if (ranks > 1 and 0 < self.gpus < ranks) or (self.gpus > 1 and self.gpus != int(self.gpus)):
             raise ValueError(f"{ranks} ranks need as many whole gpus, the pool has {self.gpus:g}")
         if 0 < self.gpus < 1 and not self.engine.get("kv_memory"):
-            raise ValueError("replicas that share a GPU need engine.kv_memory: by default each takes all that is free")
+            raise ValueError("a GPU in parts needs engine.kv_memory: by default each replica takes all that is free")
         if self.cache_rank is not None:
             method = as_dict(self.engine.get("attention", "full"))
             if method["method"] != "asyncspade" or {"cache_rank", "cache_device", "rank_key"} & method.keys():
                 raise ValueError("cache_rank is for attention asyncspade, and sets where its cache rank is")
+            if ranks > 1:
+                raise ValueError("cache_rank is for replicas of one rank, tensor_parallel_size is above 1")
             parse_attention(method | {"cache_rank": "127.0.0.1:1"})
         return self
 
@@ -140,13 +145,23 @@ class Front(Part):
     slack: Whole = 4
 
 
+def _told_apart(pools: dict[str, Pool]) -> dict[str, Pool]:
+    first: dict[str, str] = {}
+    for name, pool in pools.items():
+        if first.setdefault(pool.served, name) != name:
+            raise ValueError(
+                f"'{name}' serves a model of the same name as '{first[pool.served]}': give one of them another name"
+            )
+    return pools
+
+
 class Deployment(Part):
     """start_s: a process that is not ready by then has failed. drain_s: what runs may take so long when a replica is
     stopped. hung_s: a replica without health for so long is killed, and Ray starts it again."""
 
     name: Name = "slipstream"
     entrance: Front = Front()
-    pools: dict[Name, Pool] = Field(min_length=1)
+    pools: Annotated[dict[Name, Pool], Field(min_length=1), AfterValidator(_told_apart)]
     start_s: Seconds = 900.0
     drain_s: Whole = 60
     hung_s: Seconds = 60.0
@@ -155,12 +170,6 @@ class Deployment(Part):
     def front_name(self) -> str:
         """Of the entrance's actor: another one for other settings."""
         return f"{self.name}/entrance/{_digest(f'{self.entrance}{self.drain_s}')}"
-
-    @model_validator(mode="after")
-    def _told_apart(self) -> Deployment:
-        if len({pool.served for pool in self.pools.values()}) < len(self.pools):
-            raise ValueError("two pools serve a model of the same name: give one of them another name")
-        return self
 
 
 def as_dict(method: str | dict[str, Any]) -> dict[str, Any]:
@@ -174,30 +183,68 @@ def _digest(text: str) -> str:
 
 def read(path: Path) -> Deployment:
     """The deployment that a file describes. ``ValueError`` with the line of each mistake."""
-    text = path.read_text(encoding="utf-8")
+    written = path.read_bytes()
     try:
+        text = written.decode("utf-8-sig")
         given, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark, at = getattr(error, "problem_mark", None), getattr(error, "start", getattr(error, "position", 0))
+        line = mark.line + 1 if mark else written.count(b"\n", 0, at) + 1
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ValueError(f"{path}, line {line}: not YAML: {reason}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: a deployment begins with 'pools:' (docs/scale.md)")
+    twice = [
+        f"{path}, line {key.start_mark.line + 1}: '{key.value}' is set twice"
+        for keys in map(list, _mappings(tree))
+        for place, (key, _) in enumerate(keys)
+        if key.value in [earlier.value for earlier, _ in keys[:place]]
+    ]
+    if twice:  # YAML would take the last
+        raise ValueError("; ".join(twice))
     try:
         return Deployment.model_validate(given)
     except ValidationError as error:
         raise ValueError("; ".join(f"{path}, {_told(tree, e)}" for e in error.errors(include_url=False))) from error
 
 
+def _mappings(node: Any) -> Iterator[list[Any]]:
+    """The pairs of every mapping in and below a node, the outer ones first, each once (aliases may form a ring)."""
+    waiting, known = [node], set()
+    for each in waiting:
+        if id(each) not in known:
+            known.add(id(each))
+            if isinstance(each, yaml.MappingNode):
+                yield each.value
+                waiting += [value for _, value in each.value]
+            elif isinstance(each, yaml.SequenceNode):
+                waiting += each.value
+
+
+def _pair(node: Any, key: str) -> Any:
+    """Key and value of that name, also where they are merged in (``<<``); None without."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    merged = [value for name, value in pairs if name.value == "<<"]
+    own = next((pair for pair in pairs if pair[0].value == key), None)
+    return own or next((pair for each in merged if (pair := _pair(each, key))), None)
+
+
 def _told(node: Any, error: Any) -> str:
     """The line of the deepest part of an error's place that is in the file, its name, and what is wrong."""
-    line, named = 1, []
-    for key in map(str, error["loc"]):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        found = next(((k, v) for k, v in pairs if k.value == key), None)
+    line, named, place = 1, [], list(map(str, error["loc"]))
+    for key in place:
+        found = _pair(node, key)
         if found is not None:
             line, node = found[0].start_mark.line + 1, found[1]
-        if found is not None or error["type"] == "missing":
+        if found is not None or (error["type"] == "missing" and key is place[-1]):
             named.append(key)
     text = "no such option" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
+    while error["type"] == "value_error":  # our own: below that place, the option that is named first
+        keys = [pair for pairs in _mappings(node) for pair in pairs]
+        at = [re.search(rf"(?<![\w-]){re.escape(str(key.value))}(?![\w-])", text.split(";")[0]) for key, _ in keys]
+        found = min(((match.start(), pair) for match, pair in zip(at, keys, strict=True) if match), key=lambda f: f[0],
+                    default=None)  # fmt: skip
+        if found is None:
+            break
+        line, node = found[1][0].start_mark.line + 1, found[1][1]
     return f"line {line}, {'.'.join(named)}: {text}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.atts.answers import ANSWERS, clusters, math_equal
-from slipstream.atts.backends import Backend
+from slipstream.atts.backends import Backend, BackendError
 from slipstream.atts.budget import Allowance
 from slipstream.atts.config import ATTS
 from slipstream.atts.conformal import Certificate, Controller
@@ -62,6 +62,8 @@ class Run:
         self.config = config = config or ATTS()
         if not problems:
             raise ValueError("there are no problems to scale")
+        if not all("id" in problem for problem in problems):
+            raise ValueError("every problem needs an id")
         self._problems = {str(problem["id"]): problem for problem in problems}
         if len(self._problems) < len(problems):
             raise ValueError("two problems have the same id")
@@ -215,6 +217,9 @@ class Run:
             if chain.question not in self._settled:
                 raise
             reason = "settled"
+        except BackendError as error:  # text to tokens, or back: the stages record their own
+            self._record(Failed, chain, stage="text", what=f"{error.kind}: {error}", policy="drop")
+            reason = "failed"
         finally:
             if chain.gate is not None:
                 chain.gate.leave()
@@ -311,8 +316,9 @@ class Run:
         return answer is not None and (self._answers.correct(answer, expected) or await self._is_same(answer, expected))
 
     async def _votes(self, question: str) -> list[list[Ended]]:
-        """The ends of a question's chains that have an answer, in clusters of equal answers, the largest first."""
-        ends = [event for event in self._ended[question] if event.answer is not None]
+        """The ends of a question's chains that have an answer, in clusters of equal answers, the largest first; of
+        equally large ones that of the first sample, whoever came first."""
+        ends = sorted((e for e in self._ended[question] if e.answer is not None), key=lambda end: end.sample)
         answers = [str(event.answer) for event in ends]
         equal = {(a, b): await self._is_same(a, b) for i, a in enumerate(answers) for b in answers[i + 1 :]}
         return [[ends[index] for index in cluster] for cluster in clusters(answers, equal)]
