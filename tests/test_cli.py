@@ -144,6 +144,13 @@ def test_a_bad_line_of_a_file_is_named_before_any_work(slipstream, tmp_path, lin
     (["bench", "crossover", "--attention", "window", "--longest", "9999", *SMALL], "--longest 9999 x batch 1 does"),
     (["bench", "crossover", "--attention", "window", "--longest", "1500", *SMALL], "at least 2048 are needed"),
     (["bench", "decode", "--batch", "100", "--context", "64", *SMALL], "batch 100 exceeds max_num_seqs 64"),
+    (["generate", "caf\udce9", "-m", "slipstream-draft", *SMALL], "surrogates not allowed"),  # a terminal in Latin-1
+    (["bench", "offload", "--batch", "1", "--context", "256", "-m", "slipstream-draft", *SMALL], "all of 256 tokens"),
+    (["bench", "serve", "--percentiles", "50,nan"], "numbers in 0..100, got '50,nan'"),
+    (["bench", "serve", "--api-key-file", os.devnull], "holds no API key"),
+    (["serve", "--host", ""], "host is empty"),
+    (["scale", "problems.jsonl", "--timeout-s", "nan"], "timeout_s above 0"),
+    (["calibrate", "slipstream-draft", "--prompts", "1", "--out", "."], "Is a directory: '.'"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(slipstream, monkeypatch, arguments, words):
     monkeypatch.setattr(cli.err, "width", 40)
@@ -163,6 +170,12 @@ def test_a_mistake_is_one_line(slipstream, monkeypatch, arguments, words):
 def test_a_wrong_flag_is_a_usage_error(slipstream, arguments, words):
     code, out, err = slipstream(*arguments)
     assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+def test_a_result_that_cannot_be_written_is_on_stdout(tmp_path, capsys):
+    with pytest.raises(IsADirectoryError):
+        cli.write_result({"hours": 9}, tmp_path)
+    assert json.loads(capsys.readouterr().out) == {"hours": 9}
 
 
 # eval, bench, models, help

@@ -100,13 +100,17 @@ def bench_serve(
     _require("httpx")
     from slipstream.server.load import Load, measure
 
-    key = api_key_file.read_text(encoding="utf-8").split()[0] if api_key_file else None
+    keys = api_key_file.read_text(encoding="utf-8").split() if api_key_file else [None]
+    if not keys:
+        raise ValueError(f"{api_key_file} holds no API key")
     try:
         wanted = tuple(float(part) for part in percentiles.split(","))
-    except ValueError as error:
-        raise ValueError(f"--percentiles takes comma-separated numbers, got {percentiles!r}") from error
+    except ValueError:
+        wanted = (-1.0,)
+    if not all(0 <= percentile <= 100 for percentile in wanted):
+        raise ValueError(f"--percentiles takes comma-separated numbers in 0..100, got {percentiles!r}")
     result = measure(
-        Load(url, model, num_prompts, request_rate, max_concurrency, input_len, output_len, seed, key, wanted)
+        Load(url, model, num_prompts, request_rate, max_concurrency, input_len, output_len, seed, keys[0], wanted)
     )
     for name, value in result.items():
         typer.echo(f"{name:<24}{value:.2f}" if isinstance(value, float) else f"{name:<24}{value}", err=True)

@@ -75,10 +75,10 @@ def compare(
         raise
     rows += skipped
     show(rows, comparison)
+    write_result({"comparison": model, "budgets": budgets, "samples": samples, "rows": rows}, json_out)
     if picture:
         comparison.draw(rows, picture, f"{model}, greedy, {samples} problems a cell")
         err.print(f"picture: {escape(str(picture))}", soft_wrap=True)
-    write_result({"comparison": model, "budgets": budgets, "samples": samples, "rows": rows}, json_out)
 
 
 def _advance(bar: Any, task: Any, done: int, total: int, cell: str) -> None:

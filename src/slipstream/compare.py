@@ -215,7 +215,8 @@ def run_arm(
 
     answers, spec, stats = _with_engine(model, arm, engine, work)
     selection = _probe(model, arm, engine, [replace(c, samples=probe) for c in cells], seed) if probe else {}
-    config = parse_attention(arm.attention)
+    config: Any = parse_attention(arm.attention)
+    config = config.for_model(spec) if hasattr(config, "for_model") else config
     rows = []
     for cell, asked in arm.cells:
         own = [answer for answer in answers if answer.cell == cell.name]

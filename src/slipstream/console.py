@@ -92,7 +92,7 @@ def numbers(text: str, flag: str) -> list[int]:
 def write_result(result: dict[str, Any], path: Path | None) -> None:
     """One JSON line to stdout, and to a file where one is given."""
     line = json.dumps(result, default=str)
+    print(line, flush=True)  # first: a file that cannot be written takes nothing along
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(line + "\n", encoding="utf-8")
-    print(line)

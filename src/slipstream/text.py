@@ -32,6 +32,7 @@ class Codec:
         return cls(AutoTokenizer.from_pretrained(str(path), trust_remote_code=False))
 
     def encode(self, text: str) -> list[int]:
+        text.encode()  # refuses half a surrogate pair, of which a tokenizer would only say that it is no text
         return list(self.tokenizer.encode(text, add_special_tokens=True))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -57,6 +58,7 @@ class Codec:
                 f"the chat template cannot take these messages ({error}); "
                 "give a list of {'role': ..., 'content': ...}"
             ) from error
+        text.encode()
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 

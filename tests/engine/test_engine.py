@@ -363,3 +363,5 @@ def test_stats_count():
     assert stats["pages_free"] == 63 - 6 and stats["graph_replays"] == 0 and stats["eager_steps"] == 3
     assert 0 < stats["host_ms_last"] and 0 < stats["host_ms_mean"] < 1000
     assert len(engine.runner._model.steps) == 3
+    engine.add(request(prompt(2, 10), greedy(3, n=2)))
+    assert engine.stats()["waiting"] == 2  # chains, not requests

@@ -1,5 +1,7 @@
 """``min_tokens``: no end token, stop token or stop string before so many tokens; the model's own numbers stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_capture import cuda_engine, serve
@@ -50,6 +52,17 @@ def test_stop_tokens_are_held_back_too_and_greedy_takes_the_next_best():
     run(engine, first, held)
     assert tokens_of(first)[0] == ids[:1]
     assert tokens_of(held)[0] == truth(held.prompt_ids, held.params) and not set(stops) & set(tokens_of(held)[0][:6])
+
+
+@pytest.mark.parametrize("huge", [2**31, 2**32 + 1, 2**63, 10**40])
+def test_more_than_any_integer_of_a_device(huge):
+    """As many as that is all of the vocabulary, and longer than any chain."""
+    engine, plain = toy_engine(), SamplingParams(seed=next(iter(early())), **FREE)
+    held = replace(plain, top_k=huge, min_tokens=huge, max_tokens=None)
+    free, long = request(prompt(plain.seed, 9), replace(plain, top_k=huge)), request(prompt(plain.seed, 9), held)
+    run(engine, free, long)
+    assert tokens_of(free)[0] == truth(free.prompt_ids, plain)
+    assert len(tokens_of(long)[0]) == engine.limits.max_model_len - 9
 
 
 def test_log_probabilities_stay_the_models_own():

@@ -113,6 +113,16 @@ def test_n_seed_stop_and_stream_agree(live):
         assert "a" not in choice["text"] and "1" not in choice["text"]
 
 
+def test_usage_in_every_chunk(live):
+    wanted = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    body = {"prompt": "add sub", "max_tokens": 5, "ignore_eos": True, "return_token_ids": True}
+    events = live.events("/v1/completions", **body, stream_options=wanted)
+    tokens = [
+        sum(len(c["token_ids"]) for event in events[: i + 1] for c in event["choices"]) for i in range(len(events))
+    ]
+    assert [event["usage"]["completion_tokens"] for event in events] == tokens and tokens[-1] == 5
+
+
 def test_several_prompts_stream_into_one(live):
     body = {"prompt": ["add", "my", "h\u00e9 \U0001f389"], "n": 2, "seed": 1, "max_tokens": 9, "ignore_eos": True}
     whole = live.completions(**body)["choices"]

@@ -107,6 +107,7 @@ def test_fields_without_effect_and_nulls():
         {"stop": "x" * 257}, {"stop": [1]}, {"logprobs": 21}, {"logprobs": -1}, {"prompt_logprobs": 21}, {"seed": -1},
         {"seed": 2**63}, {"seed": 10**400}, {"max_tokens": -1}, {"best_of": 3}, {"stream": 1}, {"stop_token_ids": [-1]},
         {"stream_options": {"include_usage": True}}, {"stream_options": {"include_usage": "yes"}}, {"min_p": 7},
+        {"stream_options": {"include_usge": True}, "stream": True},
         {"prompt_logprobs_start": "x"}, {"model": 3}, {"top_k": -2},
     ],
     ids=str,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from slipstream.asyncspade.traces import QueryTrace
@@ -71,7 +71,7 @@ class QueryMLP:
     def save(self, path: str | Path) -> None:
         facts = {"schema": SCHEMA, "rotate": self.rotate, **asdict(self.identity)}
         tensors = {name: part.contiguous().cpu() for name, part in self.parts._asdict().items()}
-        save_file(tensors, path, {"predictor": json.dumps(facts)})
+        Path(path).write_bytes(save(tensors, {"predictor": json.dumps(facts)}))
 
     @classmethod
     def load(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from slipstream.types import ModelSpec, SamplingParams
@@ -78,7 +78,8 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         assert self.num_tokens, "nothing was observed"
         facts = {"schema": SCHEMA, "num_tokens": self.num_tokens, **asdict(self.identity)}
-        save_file({"importance": self.sums.cpu() / self.num_tokens}, path, {"calibration": json.dumps(facts)})
+        importance = {"importance": self.sums.cpu() / self.num_tokens}
+        Path(path).write_bytes(save(importance, {"calibration": json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | Path, identity: ModelIdentity, device: torch.device | str = "cpu") -> Calibration:

@@ -327,10 +327,15 @@ class Engine:
             "pages_cached": table.num_cached,
             "pages_free": table.num_available - table.num_cached,
             "pages_left": scheduler.num_pages_left,
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
+            "running": _num_chains(scheduler.running),
+            "waiting": _num_chains(scheduler.waiting),
             **self.backend.stats(),
         }
+
+
+def _num_chains(chains: Iterable[Chain]) -> int:
+    """With those that begin when the prompt they share is prefilled. Other threads ask: of a copy, made at once."""
+    return sum(1 + len(chain.siblings) for chain in list(chains))
 
 
 def _requests(chains: Iterable[Chain]) -> list[Request]:

@@ -13,6 +13,7 @@ from slipstream.kernels import ops
 from slipstream.types import SamplingParams
 
 _SEED_MASK = 2**63 - 1
+_MOST = 2**31 - 1  # more than any vocabulary or chain has
 PACKED_WIDTH = 6 + MAX_BANNED
 
 
@@ -73,4 +74,5 @@ def pack(params: SamplingParams, seed: int, num_prompt: int, stop_ids: Collectio
     assert len(banned) <= MAX_BANNED, "refused when the request was made"
     numbers = np.array([params.temperature, params.top_p, params.min_p], dtype=np.float64).view(np.int64)
     end = [-1] * (MAX_BANNED - len(banned))
-    return [*numbers.tolist(), params.top_k, seed & _SEED_MASK, num_prompt + params.min_tokens, *banned, *end]
+    top_k, until = min(params.top_k, _MOST), min(num_prompt + params.min_tokens, _MOST)  # any integer may be asked
+    return [*numbers.tolist(), top_k, seed & _SEED_MASK, until, *banned, *end]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -17,11 +18,13 @@ from slipstream.server.reply import chat_logprobs, completion_logprobs, prompt_l
 from slipstream.server.scaled import Scale
 from slipstream.server.schemas import ChatRequest, CompletionRequest, parse_messages
 from slipstream.server.service import Job, Service
-from slipstream.server.streaming import EventStream, sse, unless_gone
+from slipstream.server.streaming import EventStream, sse, to_json, unless_gone
 from slipstream.types import Delta
 
 log = logging.getLogger("slipstream.server")
 Chunks = AsyncGenerator[bytes, None]
+T = TypeVar("T")
+LARGE = 4096  # tokens and their alternatives: some ten milliseconds
 
 
 # Fields of a chat request that mean something where many chains give one answer; the others must be left out.
@@ -50,10 +53,17 @@ class Answer:
         self._service.admit(call, jobs)
         if body.stream:
             return EventStream(self._chunks(call, body, jobs), self._service.config)
-        deltas = await unless_gone(http.receive, self._service.finish(call, jobs))
-        choices = [self._choice(body, job, delta) for job, delta in deltas]
-        answer = self._frame(call, body) | {"choices": choices, "usage": _usage(jobs)}
-        return JSONResponse(answer | self._beside(body, jobs))
+        return await unless_gone(http.receive, self._finish(call, body, jobs))
+
+    async def _finish(self, call: Call, body: CompletionRequest | ChatRequest, jobs: list[Job]) -> Response:
+        deltas = await self._service.finish(call, jobs)
+
+        def whole() -> Response:  # choice by choice: writing JSON lets no other thread run
+            choices = b",".join([to_json(self._choice(body, job, delta)) for job, delta in deltas])
+            rest = to_json(self._frame(call, body) | {"usage": _usage(jobs)} | self._beside(body, jobs))
+            return Response(rest[:-1] + b',"choices":[' + choices + b"]}", media_type="application/json")
+
+        return await _aside(_is_large(body, jobs), whole)
 
     def _frame(self, call: Call, body: CompletionRequest | ChatRequest) -> dict[str, Any]:
         prefix, kind = "cmpl", "text_completion"
@@ -66,34 +76,49 @@ class Answer:
         """The events of a stream, those of one moment in one chunk. Tokens whose text is held back (half a character)
         make none, unless asked for."""
         frame = self._frame(call, body)
-        if body.include_usage:
+        if body.streaming.include_usage:
             frame["usage"] = None
         if isinstance(body, ChatRequest):
             opening = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
             yield b"".join([sse(frame | {"choices": [{"index": r.index, **opening}]}) for r in jobs[0].replies])
-        beside = self._beside(body, jobs)
+        beside, is_large = self._beside(body, jobs), _is_large(body, jobs)
         async with aclosing(self._service.stream(call, jobs)) as bundles:
             async for deltas in bundles:
-                events = []
-                for job, delta in deltas:
-                    if event := self._event(frame, body, job, delta, beside):
-                        events.append(event)
-                        beside = {}
-                if events:
-                    yield b"".join(events)
-        if body.include_usage:
+                brings_prompt = is_large and any(not job.replies[delta.index].num_tokens for job, delta in deltas)
+                if data := await _aside(brings_prompt, self._events, frame, body, jobs, deltas, beside):
+                    yield data
+        if body.streaming.include_usage:
             yield sse(frame | {"choices": [], "usage": _usage(jobs)})
+
+    def _events(
+        self,
+        frame: dict[str, Any],
+        body: CompletionRequest | ChatRequest,
+        jobs: Sequence[Job],
+        deltas: Sequence[tuple[Job, Delta]],
+        beside: dict[str, Any],
+    ) -> bytes:
+        """All that is to be said of some deltas. The first event takes ``beside`` along and leaves it empty."""
+        events = []
+        for job, delta in deltas:
+            if event := self._event(frame, body, jobs, job, delta, beside):
+                events.append(event)
+                beside.clear()
+        return b"".join(events)
 
     def _event(
         self,
         frame: dict[str, Any],
         body: CompletionRequest | ChatRequest,
+        jobs: Sequence[Job],
         job: Job,
         delta: Delta,
         beside: dict[str, Any],
     ) -> bytes:
         """A delta as an event, empty where there is nothing to show."""
         choice = self._choice(body, job, delta)
+        if body.streaming.continuous_usage_stats:
+            beside = beside | {"usage": _usage(jobs)}
         text = choice["delta" if isinstance(body, ChatRequest) else "text"]
         is_asked = body.return_token_ids or body.top_logprobs_wanted is not None
         return sse(frame | {"choices": [choice]} | beside) if text or delta.finish_reason or is_asked else b""
@@ -192,6 +217,20 @@ class Answer:
         }
         used |= {"total_tokens": sum(used.values()), "models": result.usage}
         return self._frame(call, body) | {"choices": [choice], "usage": used, "scaling": result.certificate}
+
+
+def _is_large(body: CompletionRequest | ChatRequest, jobs: Sequence[Job]) -> bool:
+    """Whether an answer holds so many tokens and alternatives that putting it together is not the event loop's work."""
+    with_prompt = body.prompt_logprobs is not None or (isinstance(body, CompletionRequest) and body.echo)
+    each = 1 + max(body.top_logprobs_wanted or 0, body.prompt_logprobs or 0)
+    tokens = sum(len(chain.token_ids) for job in jobs for chain in job.request.completions)
+    if with_prompt:
+        tokens += sum(len(job.request.prompt_ids) * len(job.replies) for job in jobs)
+    return each * tokens > LARGE
+
+
+async def _aside(is_large: bool, work: Callable[..., T], *args: Any) -> T:
+    return await asyncio.to_thread(work, *args) if is_large else work(*args)
 
 
 async def _one_event(answer: Awaitable[dict[str, Any]]) -> Chunks:

@@ -195,6 +195,7 @@ def make_server(llm: LLM, config: ServerConfig, scale: Scale | None = None) -> u
         uvicorn.Config(
             create_app(llm, config, scale),
             log_config=None,
+            http="h11",  # bounds heads; httptools, taken where it is installed, does not
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=config.drain_s,

@@ -44,10 +44,15 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
+            kind: Any = {"int": int, "float": (int, float), "bool": bool}.get(str(option.type))
+            if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise ValueError(f"{option.name} must be of type {option.type}, got {value!r}")
             if option.type == "int" and option.name not in ("port", "drain_s") and value < 1:
                 raise ValueError(f"{option.name} must be at least 1, got {value}")
             if option.type == "float" and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{option.name} must be a positive number of seconds, got {value}")
+        if not self.host:
+            raise ValueError("host is empty, which would be every address of this machine: say 0.0.0.0 if you mean it")
         if not 0 <= self.port <= 65535 or self.drain_s < 0:
             raise ValueError(f"port must be in 0..65535 and drain_s >= 0, got {self.port} and {self.drain_s}")
 

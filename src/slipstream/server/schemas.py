@@ -95,6 +95,15 @@ class Body(BaseModel):
         return schema | {"properties": own, "additionalProperties": False}
 
 
+class StreamOptions(BaseModel):
+    """continuous_usage_stats: vLLM's, ``usage`` in every chunk. include_obfuscation: OpenAI's, without effect."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
 class Asked(Body):
     """What completions and chats have in common; words and defaults are OpenAI's, then vLLM's.
 
@@ -116,7 +125,7 @@ class Asked(Body):
     seed: int | None = None
     ignore_eos: bool = False
     stream: bool = False
-    stream_options: dict[str, bool] | None = None
+    stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 0
     cache_salt: str | None = None
@@ -132,8 +141,8 @@ class Asked(Body):
         return "messages" if isinstance(self, ChatRequest) else "prompt"
 
     @property
-    def include_usage(self) -> bool:
-        return bool((self.stream_options or {}).get("include_usage"))
+    def streaming(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
 
     def params(self, limits: ServerConfig) -> SamplingParams:
         """The engine's words for it. Raises :class:`ApiError` for what exceeds a limit or makes no sense."""
@@ -191,6 +200,8 @@ class ChatRequest(Asked):
         self.max_tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         if self.max_tokens == 0:
             raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
         return self
 
     @property

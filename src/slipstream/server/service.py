@@ -87,7 +87,7 @@ class Service:
 
     # -- text to token ids
 
-    async def _aside(self, size: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    async def _aside(self, size: int, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Text work, on another thread when it is long. What it says of a bad text is the client's to hear."""
         with refusing():
             return work(*args, **kwargs) if size <= SHORT_TEXT else await asyncio.to_thread(work, *args, **kwargs)
@@ -107,7 +107,7 @@ class Service:
         messages = parse_messages(value)
         with refusing("messages"):
             codec = self.llm.codec
-        taken = inspect.signature(codec.tokenizer.apply_chat_template).parameters
+        taken = {"self", "messages", *inspect.signature(codec.tokenizer.apply_chat_template).parameters}
         if bad := [name for name in template if name in taken]:
             raise ApiError(400, f"{bad[0]} cannot be set by a client", param="chat_template_kwargs")
         size = sum(len(message["content"]) for message in messages)

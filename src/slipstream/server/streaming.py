@@ -16,12 +16,16 @@ from slipstream.server.errors import ApiError
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def to_json(value: Any) -> bytes:
+    return _encode(value).encode()
 
 
 def sse(payload: dict[str, Any]) -> bytes:
     """One event. JSON has no raw line break, so no text can end an event early."""
-    return b"data: " + _to_json(payload).encode() + b"\n\n"
+    return b"data: " + to_json(payload) + b"\n\n"
 
 
 async def gone(receive: Receive) -> None:
