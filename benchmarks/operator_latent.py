@@ -28,6 +28,7 @@ from harness import Report, check, time_graph, time_host
 from slipstream.attention.dense import DenseBackend
 from slipstream.attention.sparse import INDEXING, SPARSE, SparseBackend
 from slipstream.build import parse_attention
+from slipstream.compare import Method, parse_methods
 from slipstream.kernels import reference_index, reference_select, sparse
 from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.pool import KVPool
@@ -174,10 +175,10 @@ def by_definition() -> Iterator[None]:
     """Selectors call the plain-torch definitions instead of the kernels."""
 
     def label_tokens(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, rule = reference_index.label_logits(*args[:9]), (args[5], args[2].shape[1], *args[7:8], *args[9:])
-        if args[-1] == "peak":
+        logits, rule = reference_index.label_logits(*args[:9]), (args[5], args[2].shape[1], *args[7:8], *args[9:13])
+        if args[12] == "peak":
             logits = reference_select.group_peak(logits, args[2].shape[1])
-        return reference_select.top_tokens(logits, args[6], *rule)
+        return reference_select.top_tokens(logits, args[6], *rule, unread=args[13] if args[13:] else 0)
 
     with patch.multiple(
         sparse, score_blocks=reference_index.score_blocks, top_blocks=reference_select.top_blocks,
@@ -189,9 +190,10 @@ def by_definition() -> Iterator[None]:
 class Arm:
     """One method at one budget: its index over the whole pool, and its backend as the engine has it."""
 
-    def __init__(self, bench: Bench, method: str, options: dict[str, Any]) -> None:
+    def __init__(self, bench: Bench, method: Method, options: dict[str, Any]) -> None:
         self.bench, spec, pool = bench, bench.spec, bench.pool
-        self.config = parse_attention({"method": method, "dense_layers": 0, **options}).for_model(spec)
+        given = {"dense_layers": 0, **options, **dict(method.options)}
+        self.config = parse_attention({"method": method.name, **given}).for_model(spec)
         self.index = KeyIndex(pool, self.config.index)
         self.fill_index()
         self.selector = self.config.selector(pool, spec, self.index)
@@ -296,8 +298,9 @@ class Arm:
         from slipstream.kernels import triton_logits
 
         peak = self.config.aggregate == "peak"  # as the product scores: with the statistics of a softmax, or without
+        more = (peak, 0 if peak else self.config.unread)
         return self.bench.us(
-            lambda layer: triton_logits.label_logits_and_partials(q[layer], *self.index.labels(layer), *args, peak)
+            lambda layer: triton_logits.label_logits_and_partials(q[layer], *self.index.labels(layer), *args, *more)
         )
 
     def floor_bytes(self, step: Batch) -> int:
@@ -330,7 +333,7 @@ def measure_full(bench: Bench, peer: Peer | None, step: Batch, q: torch.Tensor) 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default="two_level,quest,double_sparsity")
+    parser.add_argument("--methods", default="two_level,two_level:aggregate=peak,quest,double_sparsity")
     parser.add_argument("--contexts", default="98304,131072,65536,32768")
     parser.add_argument("--batches", default="8,4,1")
     parser.add_argument("--budget", type=int, default=1024)
@@ -352,7 +355,10 @@ def main() -> None:
     peer, bandwidth = None if args.smoke else Peer(bench), bench.read_bandwidth()
     options = {"budget": args.budget} | ({"recent": 16} if args.smoke else {})
     two = {"blocks": 8} if args.smoke else {}
-    arms = {name: Arm(bench, name, options | (two if name == "two_level" else {})) for name in args.methods.split(",")}
+    arms = {
+        method.label: Arm(bench, method, options | (two if method.name == "two_level" else {}))
+        for method in parse_methods(args.methods, {})
+    }
     report.notes |= {"read_bytes_per_s": bandwidth, "setup_s": round(time.perf_counter() - began, 1)}
     report.notes["index_bytes_per_token_and_layer"] = {
         name: arm.index.bytes / (size.pages * PAGE) / size.layers for name, arm in arms.items()

@@ -127,7 +127,8 @@ class Arm:
 
     def __init__(self, pool: KVPool, method: str, budget: int, **options: Any) -> None:
         self.pool = pool
-        self.config = parse_attention({"method": method, "budget": budget, "dense_layers": 0, **options})
+        config = parse_attention({"method": method, "budget": budget, "dense_layers": 0, **options})
+        self.config = config.for_model(SPEC)
         self.index = KeyIndex(pool, self.config.index) if self.config.index is not None else None
         if self.index is not None:
             self.fill_index()

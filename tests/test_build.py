@@ -47,6 +47,7 @@ def test_models_by_name_path_or_config(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", [
     {"attention": {"method": "quest", "budget": 9}}, {"attention": "two_level", "page_size": 32},
     {"kernels": "triton"}, {"kv_memory": "lots"}, {"attention": "ful"}, {"device": "tpu"}, {"page_size": 0},
+    {"kernels": None}, {"max_num_seqs": None},
 ])  # fmt: skip
 def test_mistakes_are_found_before_weights_are_read(given, monkeypatch):
     monkeypatch.setattr(build, "load_model", lambda *args, **more: pytest.fail("weights were read"))

@@ -44,14 +44,15 @@ def methods(budget: int) -> dict[str, dict]:
         "quest": {"method": "quest", "budget": budget, "dense_layers": 0, **BLOCKS, **SMALL},
         "double_sparsity": {"method": "double_sparsity", "budget": budget, "dense_layers": 1, **SMALL},
         "two_level": {"method": "two_level", "budget": budget, "blocks": budget // 2, **BLOCKS, **SMALL},
-        "two_level sum": {
-            "method": "two_level", "budget": budget, "blocks": budget // 2, "aggregate": "sum", "channels": 12,
+        "two_level peak": {
+            "method": "two_level", "budget": budget, "blocks": budget // 2, "aggregate": "peak", "channels": 12,
             "block": 8, "block_score": "minmax4x16", **SMALL,
         },
         "asynctls": tls(budget),
         "asynctls offload": tls(budget, offload=True, gpu_kv="16MiB", host_kv="16MiB", candidates="predicted"),
         "tova": {"method": "tova", "budget": budget},
         "asyncspade": spade("residual", budget),
+        "asyncspade keys": spade("residual", budget, scoring="keys"),
         "asyncspade in time": spade("analog", budget),
     }  # fmt: skip
 

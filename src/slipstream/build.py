@@ -106,10 +106,12 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("max_model_len", "page_size", "max_num_seqs", "max_batch_tokens", "tensor_parallel_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is None and name == "max_model_len":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.kernels not in DENSE_KERNELS:
-            raise ValueError(f"kernels {self.kernels!r} is unknown; {nearest(self.kernels, DENSE_KERNELS)}")
+            raise ValueError(f"kernels {self.kernels!r} is unknown; {nearest(str(self.kernels), DENSE_KERNELS)}")
         if self.kv_memory is not None:
             parse_bytes(self.kv_memory)
         if not self.step_timeout > 0:

@@ -64,7 +64,7 @@ def test_what_selects_leaves_room_for_what_it_cannot_know():
     assert ahead.inner(0) == TwoLevel(budget=100, recent=20, block=16, blocks=9)
     oracle = dataclasses.replace(ahead, predictor="oracle")
     assert oracle.inner() == ahead.inner(0) and oracle.spare == 0
-    by_keys = AsyncSpade(budget=100, recent=1, scoring="keys", aggregate="sum", dense_layers=2)
+    by_keys = AsyncSpade(predictor="last", budget=100, recent=1, scoring="keys", aggregate="sum", dense_layers=2)
     assert by_keys.inner() == Oracle(budget=99, recent=0, dense_layers=2) and by_keys.index is None
     assert ahead.index == TwoLevel(block=16).index and AsyncSpade(predictor="last").unread == 63
     stale = AsyncSpade(cache_rank="host:1", late="stale", max_stale=3)
@@ -94,8 +94,13 @@ def test_bytes_of_a_seat():
 def test_what_auto_means():
     """By depth where that is possible."""
     assert AsyncSpade().predictor == "residual"
-    for more in ({"aggregate": "sum"}, {"confidence": 0.5}, {"cache_rank": "host:1"}):
+    for more in ({"confidence": 0.5}, {"cache_rank": "host:1"}):
         assert AsyncSpade(**more).predictor == "analog"
+
+
+def test_in_depth_a_page_that_fills_is_not_indexed_yet():
+    """Nor is the newest token, so one token fewer may stay unread than where the index is extended first."""
+    assert AsyncSpade(recent=64).unread == 63 and AsyncSpade(recent=63).unread == TwoLevel(recent=62).unread == 62
 
 
 def test_a_predictor_file_must_be_there(tmp_path, tiny):

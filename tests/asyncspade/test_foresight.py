@@ -17,11 +17,13 @@ from slipstream.overlap import InlineLane, StreamLane, ThreadLane
 
 OWN = {name: value for name, value in BY_INDEX.items() if name != "window"} | {"predictor": "residual"}
 MODEL = tiny_model()
+CHOICES = [{"aggregate": "peak"}, {"aggregate": "sum"}]
+AGGREGATES = pytest.mark.parametrize("more", CHOICES)
 
 
 def engine_of(config, model=MODEL, lane=None, gate=0, num_pages=64, **options):
     def wrap(pool, spec, dense):
-        index = KeyIndex(pool, config.index)
+        index = KeyIndex(pool, config.index) if config.index else None
         gate_at = max(gate, config.budget)
         return ForesightBackend(pool, spec, index, config, dense, gate_at, model[0].foresight(), None, lane)
 
@@ -41,12 +43,13 @@ def without_mlps():
 
 
 @BOTH
-def test_without_mlps_it_is_the_synchronous_method(without_mlps, overlap, monkeypatch):
+@AGGREGATES
+def test_without_mlps_it_is_the_synchronous_method(without_mlps, more, overlap, monkeypatch):
     """Golden equality 3: then what is foreseen is true, and the measured overlap is all."""
     import test_backend
 
     monkeypatch.setattr(test_backend, "MODEL", without_mlps)
-    config = AsyncSpade(**OWN, measure=1)
+    config = AsyncSpade(**OWN, **more, measure=1)
     expected, work = work_of(6), work_of(6)
     tokens = serve(twin_engine(config.inner(0), overlap=overlap, max_batch_tokens=24), *expected)
     engine = engine_of(config, without_mlps, overlap=overlap, max_batch_tokens=24)
@@ -56,9 +59,10 @@ def test_without_mlps_it_is_the_synchronous_method(without_mlps, overlap, monkey
 
 
 @BOTH
-def test_any_lane_gives_the_tokens_of_the_inline_lane(overlap):
+@pytest.mark.parametrize("more", [*CHOICES, {"scoring": "keys", "aggregate": "sum"}])
+def test_any_lane_gives_the_tokens_of_the_inline_lane(more, overlap):
     """Golden equality 4. With MLPs some of what is foreseen is wrong."""
-    config, found = AsyncSpade(**OWN, measure=2), []
+    config, found = AsyncSpade(**OWN, **more, measure=2), []
     for lane in (InlineLane(), ThreadLane(), JitterLane()):
         work, engine = work_of(6), engine_of(config, lane=lane, overlap=overlap, max_batch_tokens=24)
         serve(engine, *work)
@@ -109,7 +113,7 @@ def test_a_step_that_dies_takes_nobody_else_along():
 
 
 def test_what_it_cannot_be_told():
-    for more in ({"aggregate": "sum"}, {"confidence": 0.5}, {"cache_rank": "127.0.0.1:9"}):
+    for more in ({"confidence": 0.5}, {"cache_rank": "127.0.0.1:9"}):
         with pytest.raises(ValueError, match="residual"):
             AsyncSpade(predictor="residual", **more)
 

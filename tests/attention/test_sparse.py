@@ -24,6 +24,7 @@ METHODS = {
         budget, **COMMON, channels=8, **{"dense_layers": 0, **more}
     ),
     "two_level": lambda budget, **more: TwoLevel(budget, **COMMON, block=8, blocks=2 + budget // 4, channels=8, **more),
+    "two_level sum": lambda budget, **more: METHODS["two_level"](budget, aggregate="sum", **more),
 }
 
 
@@ -79,7 +80,7 @@ def test_a_budget_of_the_context_is_full_attention(method, dense_layers, gate):
 
 
 @pytest.mark.parametrize("gate", (0, 12))
-@pytest.mark.parametrize("method", ("quest", "double_sparsity", "two_level"))
+@pytest.mark.parametrize("method", ("quest", "double_sparsity", "two_level", "two_level sum"))
 def test_an_index_that_grows_by_the_page_is_the_same_index(method, gate):
     """Where recent tokens cover a page that is not full, it is indexed when it fills: same outputs, fewer launches."""
     outputs, launches = [], []
@@ -236,7 +237,7 @@ def test_preempted_chains_come_back(tiny):
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_do_not_depend_on_the_rest_of_the_batch(tiny, tmp_path, method):
     more = {}
-    if method in ("double_sparsity", "two_level"):  # channels of the first prompt would depend on it
+    if method in ("double_sparsity", "two_level", "two_level sum"):  # channels of the first prompt would depend on it
         more["calibration"] = str(tmp_path / "channels.safetensors")
         calibrate(_tiny(tiny, "window"), PROMPTS).save(more["calibration"])
     config = METHODS[method](16, **more)

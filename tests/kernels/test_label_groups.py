@@ -8,7 +8,7 @@ from paged_cache import make_cache
 from paged_index import make_query, starts
 from tolerances import assert_equal
 
-from slipstream.kernels import reference_index, triton_index, triton_logits
+from slipstream.kernels import reference_index, sparse, triton_index, triton_logits, triton_topk
 from slipstream.kernels.reference_index import GROUP_SHIFT
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -55,6 +55,34 @@ def test_kernels(shape, dtype, device):
     host_args = (x.cpu() for x in args)
     wanted = reference_index.label_logits(q.cpu().float(), *host_args, None, 1, 0.1).to(device).masked_fill(~seen, 0)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("aggregate", ("sum", "max"))
+@pytest.mark.parametrize("chosen", (False, True))
+def test_choice_by_weights(chosen, aggregate, device):
+    """What decoding runs on a latent cache. Labels of unread tokens are not written yet: they may say anything."""
+    unread, shape = 40, (20, 72, 64, 64, 32)
+    cache, channels, labels, scales = case(shape, torch.float32, device)
+    extend(triton_index.extend_index, cache, channels, labels, scales)
+    for b, length in enumerate(LENGTHS):
+        for token in range(max(length - unread, 0), length):
+            scales[cache.page_table[b, token // 64], :, token % 64] = 9.0
+    q = make_query(len(LENGTHS), 20, 72, torch.float32, device)
+    blocks = None
+    if chosen:  # of each request its last two pages
+        last = (cache.lengths + 63) // 64 - 1
+        blocks = torch.stack((last - 1, last), -1).clamp(min=-1).sort(-1).values.unsqueeze(1).int()
+        blocks = torch.where(blocks[..., :1] < 0, blocks.flip(-1), blocks)
+    size = 64 if chosen else 1
+    args = (q, channels, labels, scales, cache.page_table, cache.lengths)
+    rule = (cache.lengths, 1, size, 55, 4, unread, aggregate)
+    logits, partials = triton_logits.label_logits_and_partials(*args, blocks, size, 0.1, unread=unread)
+    found = triton_topk.top_tokens(logits, blocks, *rule, partials)
+    host = [None if x is None else x.cpu() for x in (*args, blocks)]
+    wanted, seen = (sparse.label_tokens(*host, size, 0.1, *rule[3:], which) for which in (unread, 0))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+    assert not torch.equal(wanted[0], seen[0]), "it matters what is seen"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

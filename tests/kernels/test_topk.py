@@ -187,9 +187,26 @@ def test_weights_are_softmax_joined_over_the_group():
     for aggregate, expected in (("sum", weights.sum(2)), ("max", weights.amax(2))):
         actual = reference_select.token_scores(logits, exists, 2, aggregate)
         torch.testing.assert_close(actual.double().exp(), expected)
+    few = reference_select.token_scores(logits, exists, 2, "sum")
+    for more in range(1, 200):  # absent ones, of which a longer neighbour brings any number
+        wider, there = (torch.nn.functional.pad(x, (0, more)) for x in (logits, exists))
+        assert torch.equal(reference_select.token_scores(wider, there, 2, "sum")[..., :50], few)
     steep = torch.arange(0.0, -5000.0, -100.0).expand(1, 2, 50)
     scores = reference_select.token_scores(steep, exists[:1], 1, "sum")
     assert (scores.diff() < 0).all() and scores.isfinite().all()
+
+
+def test_no_softmax_sees_unread_tokens():
+    """Whatever their logits: they are in, and the others are chosen as if those weighed nothing."""
+    logits = torch.randn(2, 6, 60, generator=torch.Generator().manual_seed(2)) * 3
+    rule, newest = (_lengths((57, 20), "cpu"), 2, 1, 16, 2, 5, "sum"), torch.tensor([[52], [15]]).unsqueeze(1)
+    is_unread = torch.arange(60) >= newest
+    expected = top_tokens(logits.masked_fill(is_unread, -INF), None, *rule)
+    for strange in (NAN, 80.0):
+        found = top_tokens(logits.masked_fill(is_unread, strange), None, *rule, unread=5)
+        _same(found, expected)
+    assert (found[0][..., 11:] == newest + torch.arange(5)).all()
+    assert not torch.equal(top_tokens(logits, None, *rule)[0], expected[0]), "it would matter"
 
 
 @pytest.mark.parametrize("size, num", ((1, 5), (16, 7), (64, 20)))

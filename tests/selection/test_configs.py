@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+import torch
 
-from slipstream import DoubleSparsity, Oracle, Quest, Tova, TwoLevel, Window
+from slipstream import AsyncSpade, AsyncTLS, DoubleSparsity, Oracle, Quest, Tova, TwoLevel, Window
 from slipstream.kvcache.index import IndexParts
 from slipstream.selection.selector import check_blocks, in_blocks
+from slipstream.types import ModelSpec
 
 METHODS = (Window, Oracle, Quest, DoubleSparsity, TwoLevel, Tova)
 
@@ -48,6 +50,9 @@ def test_a_budget_holds_what_is_always_attended(method):
     (TwoLevel, {"block_score": "menstd"}, "block_score 'menstd' is unknown; did you mean 'meanstd'"),
     (TwoLevel, {"block_score": "minmax4x16", "block": 10, "blocks": 200}, "needs a block of quarters, not of 10"),
     (TwoLevel, {"deviation": float("inf")}, "deviation must be a number of at least 0, got inf"),
+    (TwoLevel, {"calibration": True}, "calibration must be text, got True"),
+    (Quest, {"block_score": ["minmax"]}, "block_score must be text, got ['minmax']"),
+    (AsyncTLS, {"offload": "false"}, "offload must be True or False, got 'false'"),
 ])  # fmt: skip
 def test_refusals(method, given, words):
     with pytest.raises(ValueError) as caught:
@@ -64,6 +69,17 @@ def test_what_they_need_of_an_index():
     with pytest.raises(ValueError, match="blocks of 64 tokens do not divide a page of 16"):
         TwoLevel(block_score="minmax4x16").check_page_size(16)
     assert (Quest().dense_layers, DoubleSparsity().dense_layers, TwoLevel().dense_layers) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("method", (TwoLevel, AsyncTLS, AsyncSpade))
+def test_what_depends_on_the_model(method):
+    """Heads that share one latent are joined by their weights; what the user says stays."""
+    plain = ModelSpec("gqa", 1, 64, 4, 2, 16, 8, 64, torch.float32)
+    latent = ModelSpec("mla", 1, 64, 4, 1, 40, 8, 64, torch.float32, value_dim=32)
+    assert method().aggregate is None
+    assert [method().for_model(spec).aggregate for spec in (plain, latent)] == ["peak", "sum"]
+    assert [method(aggregate="max").for_model(spec).aggregate for spec in (plain, latent)] == ["max", "max"]
+    assert DoubleSparsity(aggregate="peak").for_model(latent) == DoubleSparsity(aggregate="peak", channels=20)
 
 
 def test_forced_blocks_are_counted_at_their_worst():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from slipstream.kvcache.index import IndexParts
 from slipstream.selection.double_sparsity import CALIBRATION_HELP, CHANNELS_HELP
 from slipstream.selection.oracle import Oracle
-from slipstream.selection.selector import Budgeted, one_of, option
+from slipstream.selection.selector import AGGREGATE_HELP, Budgeted, one_of, option
 from slipstream.selection.two_level import TwoLevel
 from slipstream.types import options
 
@@ -41,7 +41,7 @@ class AsyncSpade(Budgeted):
     predictor_file: str | None = option(None, "predictor 'mlp': its weights, from `slipstream train-predictor`")
     rotate: bool = option(True, "predict queries before RoPE, then turn them to their position; False: as they are")
     scoring: str = option("index", "by two_level's 'index', or by every one of the 'keys' as in the paper")
-    aggregate: str = option("peak", "over a KV head's query heads: 'sum', 'max' of weights; tokens also 'peak' logit")
+    aggregate: str | None = option(None, AGGREGATE_HELP)
     blocks: int = option(128, "blocks that the first level keeps")
     block: int = option(64, "tokens of a block (quest: 16, two_level: 64 by default)")
     block_score: str = option("minmax", "how a block is scored: 'mean', 'minmax', 'meanstd'; two_level: 'minmax4x16'")
@@ -75,8 +75,6 @@ class AsyncSpade(Budgeted):
         one_of("transfer", self.transfer, TRANSFERS)
         one_of("late", self.late, LATE)
         one_of("repair", self.repair, REPAIRS)
-        if self.rotate not in (True, False):
-            raise ValueError(f"rotate must be True or False, got {self.rotate!r}")
         if self.recent < 1:
             raise ValueError("recent = 0, but the newest token is attended before anything can select it: at least 1")
         if self.predictor == "ridge" and self.window > LONGEST_SOLVE:
@@ -90,8 +88,8 @@ class AsyncSpade(Budgeted):
             raise ValueError("predictor 'mlp' and predictor_file go together: it reads what train-predictor wrote")
         if self.predictor == "residual" and not self._can_foresee:
             raise ValueError(
-                "predictor 'residual' selects before the newest key is there, and in time for one device only: it "
-                "needs aggregate='peak', and neither a confidence nor a cache rank elsewhere"
+                "predictor 'residual' selects in time for one device only, and nothing checks what it foresees: it "
+                "takes neither a confidence nor a cache rank elsewhere"
             )
         if self.predictor == "oracle" and (self.confidence is not None or self.measure):
             raise ValueError("predictor 'oracle' is never wrong: confidence and measure mean nothing to it")
@@ -118,7 +116,7 @@ class AsyncSpade(Budgeted):
 
     @property
     def _can_foresee(self) -> bool:
-        return self.aggregate == "peak" and self.confidence is None and not self.is_remote
+        return self.confidence is None and not self.is_remote
 
     @property
     def is_ahead(self) -> bool:
@@ -140,6 +138,8 @@ class AsyncSpade(Budgeted):
         spare = self.spare if spare is None else spare
         kind = SCORINGS[self.scoring]
         shared = {option.name: getattr(self, option.name) for option in fields(kind)}
+        if self.aggregate is None and kind is Oracle:  # whose own default is another
+            shared["aggregate"] = "peak"
         return kind(**shared | {"budget": self.budget - spare, "recent": max(self.recent - spare, 0)})
 
     @property
@@ -148,7 +148,8 @@ class AsyncSpade(Budgeted):
 
     @property
     def unread(self) -> int:
-        return self.inner().unread
+        # In depth a layer's sets are chosen before its own token is indexed, and the page that this token may fill.
+        return self.inner().unread - (self.predictor == "residual")
 
     def check_page_size(self, page_size: int) -> None:
         self.inner().check_page_size(page_size)

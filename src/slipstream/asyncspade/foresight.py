@@ -27,6 +27,7 @@ from slipstream.attention.sparse import DENSE, INDEXING, SparseBackend
 from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.pool import KVPool
 from slipstream.overlap import Lane, ThreadLane, Ticket
+from slipstream.selection.oracle import Oracle, OracleSelector
 from slipstream.selection.selector import Selector
 from slipstream.types import Batch, ModelSpec, Selection
 
@@ -86,7 +87,12 @@ class ForesightBackend(SparseBackend):
         self._counters = torch.zeros(2, dtype=torch.int64, device=pool.device)
         on_cuda = pool.device.type == "cuda"
         self._counters_host = torch.zeros(2, dtype=torch.int64, pin_memory=True) if on_cuda else self._counters
-        self._foreseen = Foreseen(config.inner(0).selector(pool, spec, index), self._counters)
+        inner = config.inner(0)
+        if isinstance(inner, Oracle):  # who reads keys lacks the newest one here
+            chooses: Selector = OracleSelector(inner, pool, spec, inner.unread)
+        else:
+            chooses = inner.selector(pool, spec, index)
+        self._foreseen = Foreseen(chooses, self._counters)
         super().__init__(pool, spec, index, self._foreseen, dense, gate, config.dense_layers, config.unread, online)
         # Each lane frees its tensors for itself: what the other still reads stays here until both have met.
         self._kept: list[Any] = []

@@ -77,7 +77,8 @@ def token_scores(logits: Tensor, exists: Tensor, num_kv: int, aggregate: str) ->
         return x.squeeze(2)
     peak = x.amax(-1, keepdim=True).clamp_min(-FLOAT_MAX)
     x = x - peak
-    x = x - x.exp().sum(-1, keepdim=True).clamp_min(1).log()
+    # Summed in fp64, so that how many absent candidates follow, which others in the batch decide, changes no bit.
+    x = x - x.exp().sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1).log().float()
     if aggregate == "max":
         return x.amax(2)
     assert aggregate == "sum"
@@ -100,18 +101,22 @@ def top_tokens(
     sink: int,
     recent: int,
     aggregate: str,
+    *,
+    unread: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The sinks and the recent tokens among the candidates, then those of most attention, up to ``budget``.
 
     logits: [B, Hq, C] fp32.  blocks: [B, Hk, C / block_size] int32, -1 padded: candidates are their tokens; or None:
     candidate j is token j.  Tokens >= length do not exist.  Every query head's softmax runs over its candidates;
     ``aggregate`` ("sum" or "max") joins the weights of the heads of one KV head: see :func:`token_scores`.
+    unread: no softmax sees so many of the newest tokens, all of them recent ones; their logits may be anything.
     Returns indices [B, Hk, budget] int32, ascending tokens, then -1; counts [B, Hk] int32.
     """
     width = logits.shape[-1]
     tokens, exists = _candidates(blocks, lengths, block_size, width)
     forced = _is_forced(tokens, tokens, lengths.view(-1, 1, 1), sink, recent)
-    image = _image(token_scores(logits, exists, num_kv, aggregate))
+    known = exists & (tokens < lengths.view(-1, 1, 1) - unread)
+    image = _image(token_scores(logits, known, num_kv, aggregate))
     best = _best(image.masked_fill(forced, FORCED).masked_fill(~exists, ABSENT), budget)
     chosen = best < width
     tokens = tokens.expand(-1, num_kv, -1).gather(-1, best.clamp_max(width - 1))

@@ -39,11 +39,14 @@ def label_tokens(
     sink: int,
     recent: int,
     aggregate: str,
+    unread: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`top_tokens` of :func:`label_logits`, in fewer passes on a device.
 
     aggregate: "sum" or "max" of softmax weights, or "peak": the largest logit of the group, which needs no softmax.
+    unread: so many of the newest tokens, all of them recent ones, need no labels yet: no softmax sees them.
     """
+    assert unread <= max(recent, 1), "who is in no softmax is taken anyway"
     args = (q, channels, labels, scales, page_table, lengths, blocks, block_size, scale)
     rule = (lengths, labels.shape[1], block_size, budget, sink, recent, aggregate)
     if q.is_cuda:
@@ -52,9 +55,10 @@ def label_tokens(
         if aggregate == "peak" and blocks is not None and triton_peaks.suits(labels, scales, blocks, block_size):
             images = triton_peaks.label_images(*args[:6], blocks, block_size, scale, sink, recent)
             return triton_topk.top_images(images, blocks, lengths, block_size, budget)
-        logits, partials = triton_logits.label_logits_and_partials(*args, peak=aggregate == "peak")
+        logits, partials = triton_logits.label_logits_and_partials(*args, peak=aggregate == "peak", unread=unread)
         return triton_topk.top_tokens(logits, blocks, *rule, partials)
-    return reference_select.top_tokens(_joined(reference_index.label_logits(*args), *rule), blocks, *rule)
+    logits = _joined(reference_index.label_logits(*args), *rule)
+    return reference_select.top_tokens(logits, blocks, *rule, unread=unread)
 
 
 def _joined(logits: Tensor, lengths: Tensor, num_kv: int, *rule: int | str) -> Tensor:
@@ -71,16 +75,19 @@ def key_tokens(
     sink: int,
     recent: int,
     aggregate: str,
+    unread: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`top_tokens` of :func:`key_logits`: what the labels should have found."""
+    """:func:`top_tokens` of :func:`key_logits`: what the labels should have found. unread: whose keys are not read."""
+    assert unread <= max(recent, 1), "who is in no softmax is taken anyway"
     args = (q, k_pages, page_table, lengths, scale)
     rule = (lengths, k_pages.shape[1], 1, budget, sink, recent, aggregate)
     if q.is_cuda:
         from slipstream.kernels import triton_logits, triton_topk
 
-        logits, partials = triton_logits.key_logits_and_partials(*args, peak=aggregate == "peak")
+        logits, partials = triton_logits.key_logits_and_partials(*args, peak=aggregate == "peak", unread=unread)
         return triton_topk.top_tokens(logits, None, *rule, partials)
-    return reference_select.top_tokens(_joined(reference_index.key_logits(*args), *rule), None, *rule)
+    logits = _joined(reference_index.key_logits(*args), *rule)
+    return reference_select.top_tokens(logits, None, *rule, unread=unread)
 
 
 def sparse_attention(

@@ -93,27 +93,10 @@ def request_at(tiles, tile):
 
 @triton.jit
 def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    lengths_ptr,
-    out_ptr,
-    piece_ptr,
-    lse_ptr,
-    scale_log2,
-    table_stride,
-    num_requests,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, out_ptr, piece_ptr, lse_ptr, scale_log2, table_stride, num_requests,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (C, Hk). A piece that is a whole request goes to ``out``, any other to ``piece_ptr`` and ``lse_ptr``."""
     if PDL:
         gdc_wait()

@@ -27,7 +27,7 @@ KEY_WARPS = 4
 
 
 @triton.jit
-def _codes(packed, dtype: tl.constexpr, OFFSET: tl.constexpr):
+def codes(packed, dtype: tl.constexpr, OFFSET: tl.constexpr):
     """Codes of the first and of the second half of the channels, in the model's dtype, each plus OFFSET.
 
     In bfloat16 128 + n is 0x4300 | n. Left to itself the compiler converts byte by byte, which costs more than reading
@@ -58,13 +58,41 @@ def _codes(packed, dtype: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def unpacked(both):
+    """Steps and zero points of pairs of fp16 that lie in an int32 each."""
+    step = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return step, (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def product(first, second, first_q, second_q):
+    """Both halves of the channels of labels [N, H] times those of queries [H, G]."""
+    dots = tl.dot(first, first_q, input_precision="ieee")
+    return tl.dot(second, second_q, dots, input_precision="ieee")
+
+
+@triton.jit
+def query_sum(first_q, second_q):
+    """[G] fp32: the sum of each query's channels, by which a zero point counts."""
+    return tl.sum(first_q.to(tl.float32) + second_q.to(tl.float32), axis=0)
+
+
+@triton.jit
+def _parted(q, channels):
+    """A half's queries [BLOCK_H, BLOCK_G], of the first group of scales and of the second; the others' are zero.
+
+    The upper bits of a channel say whether it is of the second one.
+    """
+    in_second = (channels >> SHIFT)[:, None] != 0
+    rest = tl.where(in_second, q, 0.0)
+    return tl.where(in_second, 0.0, q), rest
+
+
+@triton.jit
 def _dequantised(first, second, first_q, second_q, total, scales_ptr, live, scale, OFFSET: tl.constexpr):
     """Logits [BLOCK_N, BLOCK_G] of codes and one group's queries. total: scaled sums of those queries [BLOCK_G]."""
-    both = tl.load(scales_ptr, mask=live, other=0)
-    step = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    dots = tl.dot(first, first_q, input_precision="ieee")
-    dots = tl.dot(second, second_q, dots, input_precision="ieee")
+    step, zero = unpacked(tl.load(scales_ptr, mask=live, other=0))
+    dots = product(first, second, first_q, second_q)
     zero -= OFFSET * step
     return dots * (step * scale)[:, None] + total[None, :] * zero[:, None]
 
@@ -85,6 +113,22 @@ def _group_peak(logits, in_group):
 
 
 @triton.jit
+def _keep(logits, live, known, at, out_ptr, width, row, heads, in_group, peak, weight, PEAK: tl.constexpr):
+    """Stores a tile's logits [BLOCK_N, BLOCK_G] at the places ``at`` of rows of ``width``; returns the new statistics,
+    of what is ``known``.
+
+    PEAK: stores the largest of the group and leaves the statistics alone.
+    """
+    if PEAK:
+        tl.store(out_ptr + row * width + at, _group_peak(logits, in_group), mask=live)
+    else:
+        out = out_ptr + heads[None, :] * width + at[:, None]
+        tl.store(out, logits, mask=in_group[None, :] & live[:, None])
+        peak, weight = _add_tile(logits, known, peak, weight)
+    return peak, weight
+
+
+@triton.jit
 def _store_partial(partials_ptr, peak, weight, request, head, in_group, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr):
     """To this program's place in ``partials_ptr`` [B, Hk, programs, 2, BLOCK_S]; absent heads weigh nothing."""
     row = request.to(tl.int64) * tl.num_programs(1) + head
@@ -96,39 +140,18 @@ def _store_partial(partials_ptr, peak, weight, request, head, in_group, BLOCK_G:
 
 @triton.jit
 def _label_kernel(
-    q_ptr,
-    channels_ptr,
-    labels_ptr,
-    scales_ptr,
-    table_ptr,
-    lengths_ptr,
-    blocks_ptr,
-    out_ptr,
-    partials_ptr,
-    scale,
-    table_stride,
-    num_candidates,
-    tiles_per_program,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEAK: tl.constexpr,
+    q_ptr, channels_ptr, labels_ptr, scales_ptr, table_ptr, lengths_ptr, blocks_ptr, out_ptr, partials_ptr, scale,
+    table_stride, num_candidates, tiles_per_program,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHOSEN: tl.constexpr, OFFSET: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PEAK: tl.constexpr, UNREAD: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (chunks of tiles of candidates, Hk, B). CHOSEN: candidates are the tokens of ``blocks_ptr``.
 
     A program's softmax statistics go to ``partials_ptr`` [B, Hk, chunks, 2, BLOCK_S]. PEAK: instead only the largest
-    logit of the group is wanted, ``out_ptr`` is [B, Hk, C], and there are no statistics.
+    logit of the group is wanted, ``out_ptr`` is [B, Hk, C], and there are no statistics. UNREAD: so many of the newest
+    tokens are in none.
     """
     head, request = tl.program_id(1), tl.program_id(2)
     group, half = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
@@ -150,78 +173,53 @@ def _label_kernel(
     peak = tl.full((BLOCK_G,), -FLOAT_MAX, tl.float32)
     weight = tl.zeros((BLOCK_G,), tl.float32)
     if begin < end:
-        heads = group_rows(request, head, GROUP, NUM_KV, BLOCK_G)
+        row, heads = request.to(tl.int64) * NUM_KV + head, group_rows(request, head, GROUP, NUM_KV, BLOCK_G)
         mask = in_group[None, :] & in_half[:, None]
         q = q_ptr + heads[None, :] * DIM
         first_q = tl.load(q + (first_channels & NUMBER)[:, None], mask=mask, other=0.0)
         second_q = tl.load(q + (second_channels & NUMBER)[:, None], mask=mask, other=0.0)
-        if GROUPS == 2:  # of scales; the upper bits of a channel say whether it is of the second one
-            in_second = (first_channels >> SHIFT)[:, None] != 0
-            first_rest = tl.where(in_second, first_q, 0.0)
-            first_q = tl.where(in_second, 0.0, first_q)
-            in_second = (second_channels >> SHIFT)[:, None] != 0
-            second_rest = tl.where(in_second, second_q, 0.0)
-            second_q = tl.where(in_second, 0.0, second_q)
-            rest_total = tl.sum(first_rest.to(tl.float32) + second_rest.to(tl.float32), axis=0) * scale
-        total = tl.sum(first_q.to(tl.float32) + second_q.to(tl.float32), axis=0) * scale
+        if GROUPS == 2:  # of scales
+            first_q, first_rest = _parted(first_q, first_channels)
+            second_q, second_rest = _parted(second_q, second_channels)
+            rest_total = query_sum(first_rest, second_rest) * scale
+        total = query_sum(first_q, second_q) * scale
         table = table_ptr + request.to(tl.int64) * table_stride
         for tile in range(begin, end):
-            candidates = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             if CHOSEN:
-                blocks = blocks_ptr + (request.to(tl.int64) * NUM_KV + head) * (num_candidates // BLOCK_SIZE)
-                block = tl.load(blocks + candidates // BLOCK_SIZE, mask=candidates < num_candidates, other=-1)
-                tokens = block * BLOCK_SIZE + candidates % BLOCK_SIZE
+                blocks = blocks_ptr + row * (num_candidates // BLOCK_SIZE)
+                block = tl.load(blocks + at // BLOCK_SIZE, mask=at < num_candidates, other=-1)
+                tokens = block * BLOCK_SIZE + at % BLOCK_SIZE
                 live = (block >= 0) & (tokens < length)
             else:
-                tokens = candidates
-                live = tokens < limit
+                tokens, live = at, at < limit
             pages = tl.load(table + tokens // PAGE, mask=live, other=0).to(tl.int64)
             rows = (pages * NUM_KV + head) * PAGE + tokens % PAGE
-            packed = tl.load(
-                labels_ptr + rows[:, None] * HALF + half[None, :], mask=live[:, None] & in_half[None, :], other=0
-            )
-            first, second = _codes(packed, first_q.dtype, OFFSET)
-            logits = _dequantised(
-                first, second, first_q, second_q, total, scales_ptr + rows * GROUPS, live, scale, OFFSET
-            )
+            wanted = live[:, None] & in_half[None, :]
+            packed = tl.load(labels_ptr + rows[:, None] * HALF + half[None, :], mask=wanted, other=0)
+            first, second = codes(packed, first_q.dtype, OFFSET)
+            scales = scales_ptr + rows * GROUPS
+            logits = _dequantised(first, second, first_q, second_q, total, scales, live, scale, OFFSET)
             if GROUPS == 2:
-                logits += _dequantised(
-                    first, second, first_rest, second_rest, rest_total, scales_ptr + rows * GROUPS + 1, live, scale,
-                    OFFSET,
-                )  # fmt: skip
-            if PEAK:
-                row = (request.to(tl.int64) * NUM_KV + head) * num_candidates
-                tl.store(out_ptr + row + candidates, _group_peak(logits, in_group), mask=live)
-            else:
-                out = out_ptr + heads[None, :] * num_candidates + candidates[:, None]
-                tl.store(out, logits, mask=in_group[None, :] & live[:, None])
-                peak, weight = _add_tile(logits, live, peak, weight)
+                scales += 1
+                logits += _dequantised(first, second, first_rest, second_rest, rest_total, scales, live, scale, OFFSET)
+            known = live
+            if UNREAD:
+                known = live & (tokens < length - UNREAD)
+            peak, weight = _keep(
+                logits, live, known, at, out_ptr, num_candidates, row, heads, in_group, peak, weight, PEAK
+            )
     if not PEAK:
         _store_partial(partials_ptr, peak, weight, request, head, in_group, BLOCK_G, BLOCK_S)
 
 
 @triton.jit
 def _key_kernel(
-    q_ptr,
-    k_ptr,
-    table_ptr,
-    lengths_ptr,
-    out_ptr,
-    partials_ptr,
-    scale,
-    table_stride,
-    num_tokens,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEAK: tl.constexpr,
+    q_ptr, k_ptr, table_ptr, lengths_ptr, out_ptr, partials_ptr, scale, table_stride, num_tokens,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PEAK: tl.constexpr, UNREAD: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (tiles of the table's tokens, Hk, B), with partials as the label kernel's."""
     if PDL:
         gdc_wait()
@@ -242,13 +240,11 @@ def _key_kernel(
         rows = (pages * NUM_KV + head) * PAGE + tokens % PAGE
         k = tl.load(k_ptr + rows[:, None] * DIM + dims[None, :], mask=live[:, None] & in_dim[None, :], other=0.0)
         logits = tl.dot(k, q, input_precision="ieee") * scale
-        if PEAK:
-            row = (request.to(tl.int64) * NUM_KV + head) * num_tokens
-            tl.store(out_ptr + row + tokens, _group_peak(logits, in_group), mask=live)
-        else:
-            out = out_ptr + heads[None, :] * num_tokens + tokens[:, None]
-            tl.store(out, logits, mask=in_group[None, :] & live[:, None])
-            peak, weight = _add_tile(logits, live, peak, weight)
+        row = request.to(tl.int64) * NUM_KV + head
+        known = live
+        if UNREAD:
+            known = live & (tokens < length - UNREAD)
+        peak, weight = _keep(logits, live, known, tokens, out_ptr, num_tokens, row, heads, in_group, peak, weight, PEAK)
     if not PEAK:
         _store_partial(partials_ptr, peak, weight, request, head, in_group, BLOCK_G, BLOCK_S)
 
@@ -279,10 +275,12 @@ def label_logits_and_partials(
     block_size: int,
     scale: float,
     peak: bool = False,
+    unread: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The logits, and what :func:`slipstream.kernels.triton_topk.top_tokens` wants to know of them.
 
-    peak: the largest of each group instead, [B, Hk, C], of which there is nothing more to know.
+    peak: the largest of each group instead, [B, Hk, C], of which there is nothing more to know. unread: no softmax sees
+    so many of the newest tokens.
     """
     requests, num_q, dim = q.shape
     num_kv, page, half = labels.shape[1:]
@@ -300,7 +298,7 @@ def label_logits_and_partials(
         BLOCK_SIZE=block_size,
         CHOSEN=blocks is not None, OFFSET=128 if q.is_cuda and q.dtype == torch.bfloat16 else 0,
         BLOCK_G=power_of_two(num_q // num_kv, smallest=8), BLOCK_S=partials.shape[4],
-        BLOCK_H=power_of_two(half, smallest=16), BLOCK_N=tile, PEAK=peak,
+        BLOCK_H=power_of_two(half, smallest=16), BLOCK_N=tile, PEAK=peak, UNREAD=0 if peak else unread,
         **launch_options(
             q, num_warps=max(1, tile // (LABEL_TOKENS_PER_WARP // (1 if half <= 32 else 2))),
             num_stages=LABEL_STAGES if per_program > 1 else 1,
@@ -321,7 +319,7 @@ def key_logits(q: Tensor, k_pages: Tensor, page_table: Tensor, lengths: Tensor, 
 
 
 def key_logits_and_partials(
-    q: Tensor, k_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float, peak: bool = False
+    q: Tensor, k_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float, peak: bool = False, unread: int = 0
 ) -> tuple[Tensor, Tensor]:
     """As :func:`label_logits_and_partials`."""
     requests, num_q, dim = q.shape
@@ -339,7 +337,7 @@ def key_logits_and_partials(
         q, k_pages, page_table, lengths, out, partials, scale, page_table.stride(0), tokens,
         NUM_KV=num_kv, GROUP=num_q // num_kv, PAGE=page, DIM=dim,
         BLOCK_G=power_of_two(num_q // num_kv, smallest=8), BLOCK_S=partials.shape[4],
-        BLOCK_D=block_dim, BLOCK_N=tile, PEAK=peak,
+        BLOCK_D=block_dim, BLOCK_N=tile, PEAK=peak, UNREAD=0 if peak else unread,
         **launch_options(q, num_warps=KEY_WARPS),
     )  # fmt: skip
     return out, partials

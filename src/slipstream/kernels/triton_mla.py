@@ -133,27 +133,10 @@ def store_piece(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    table_ptr,
-    lengths_ptr,
-    out_ptr,
-    piece_ptr,
-    lse_ptr,
-    scale_log2,
-    table_stride,
-    num_requests,
-    NUM_Q: tl.constexpr,
-    PAGE: tl.constexpr,
-    VALUE: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, table_ptr, lengths_ptr, out_ptr, piece_ptr, lse_ptr, scale_log2, table_stride, num_requests,
+    NUM_Q: tl.constexpr, PAGE: tl.constexpr, VALUE: tl.constexpr, ROPE: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (C, blocks of heads): program c takes the c-th C-th part of the line of all requests' tiles."""
     if PDL:
         gdc_wait()
@@ -192,31 +175,11 @@ def _decode_kernel(
 
 @triton.jit
 def _split_kernel(
-    q_ptr,
-    k_ptr,
-    table_ptr,
-    indices_ptr,
-    counts_ptr,
-    rows_ptr,
-    scores_ptr,
-    out_ptr,
-    piece_ptr,
-    lse_ptr,
-    scale_log2,
-    table_stride,
-    budget,
-    split,
-    NUM_Q: tl.constexpr,
-    PAGE: tl.constexpr,
-    VALUE: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, table_ptr, indices_ptr, counts_ptr, rows_ptr, scores_ptr, out_ptr, piece_ptr, lse_ptr, scale_log2,
+    table_stride, budget, split,
+    NUM_Q: tl.constexpr, PAGE: tl.constexpr, VALUE: tl.constexpr, ROPE: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (splits, blocks of heads, B) over selected tokens, or, where ``scores_ptr`` is given, over whole seats.
 
     A seat is a request whose only page has all its slots; all its scores are kept, and all its pieces.

@@ -17,24 +17,10 @@ from slipstream.kernels.triton_mla import latent_rows, load_query, shape_of
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    table_ptr,
-    query_start_ptr,
-    lengths_ptr,
-    out_ptr,
-    scale_log2,
-    table_stride,
-    NUM_Q: tl.constexpr,
-    PAGE: tl.constexpr,
-    VALUE: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, table_ptr, query_start_ptr, lengths_ptr, out_ptr, scale_log2, table_stride,
+    NUM_Q: tl.constexpr, PAGE: tl.constexpr, VALUE: tl.constexpr, ROPE: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (row tiles, B). The last row tiles see the most keys, so they start first. BLOCK_H: rows of a tile."""
     if PDL:
         gdc_wait()

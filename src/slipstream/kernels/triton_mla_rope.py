@@ -77,27 +77,11 @@ def _mla_rope_kernel(
 
 @triton.jit
 def _mla_rope_store_kernel(
-    heads_ptr,
-    latent_ptr,
-    weight_ptr,
-    cos_sin_ptr,
-    positions_ptr,
-    slots_ptr,
-    k_pages_ptr,
-    q_ptr,
-    heads_stride,
-    latent_stride,
-    cos_sin_stride,
-    eps,
-    NUM_Q: tl.constexpr,
-    HEAD: tl.constexpr,
-    VALUE: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    heads_ptr, latent_ptr, weight_ptr, cos_sin_ptr, positions_ptr, slots_ptr, k_pages_ptr, q_ptr, heads_stride,
+    latent_stride, cos_sin_stride, eps,
+    NUM_Q: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (T, 1 + tiles of HEADS query heads): the first program of a token stores its row, the others turn heads."""
     row_width: tl.constexpr = VALUE + 2 * HALF
     cols = tl.arange(0, VALUE_BLOCK)

@@ -19,7 +19,7 @@ from slipstream.kernels.launch import block_size as power_of_two
 from slipstream.kernels.launch import launch_options, num_processors
 from slipstream.kernels.triton_choose import ABSENT, FORCED
 from slipstream.kernels.triton_index import NUMBER
-from slipstream.kernels.triton_logits import _codes
+from slipstream.kernels.triton_logits import codes, product, query_sum, unpacked
 from slipstream.kernels.triton_topk import TOKEN_TILE
 from slipstream.kernels.triton_weights import finite
 
@@ -78,8 +78,7 @@ def _image_kernel(
     own = (wide // HALF)[:, None] == (columns // BLOCK_G)[None, :]
     first_q = tl.load(q + first_channels[:, None], mask=own, other=0.0)
     second_q = tl.load(q + second_channels[:, None], mask=own, other=0.0)
-    total = tl.sum(first_q.to(tl.float32) + second_q.to(tl.float32), axis=0)
-    total = tl.reshape(total, (1, ASIDE, BLOCK_G))
+    total = tl.reshape(query_sum(first_q, second_q), (1, ASIDE, BLOCK_G))
     present = tl.maximum(blocks, 0)
     pages = tl.load(table_ptr + request.to(tl.int64) * table_stride + present // PER_PAGE)
     rows = (pages * NUM_KV + head) * PER_PAGE + present % PER_PAGE  # of blocks; one number for each fits 32 bits
@@ -91,11 +90,10 @@ def _image_kernel(
         # Scales first: behind the labels' way through shared memory their load would wait for that of the labels.
         both = tl.load(scales_ptr + first_row + places)
         packed = tl.load(labels_ptr + first_row * HALF + (lines * (ASIDE * HALF) + wide[None, :]))
-        first, second = _codes(packed, first_q.dtype, OFFSET)
-        dots = tl.dot(first, first_q, input_precision="ieee")
-        dots = tl.dot(second, second_q, dots, input_precision="ieee")
-        step = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) - OFFSET * step
+        first, second = codes(packed, first_q.dtype, OFFSET)
+        dots = product(first, second, first_q, second_q)
+        step, zero = unpacked(both)
+        zero -= OFFSET * step
         logits = tl.reshape(dots, (SIZE // ASIDE, ASIDE, BLOCK_G)) * step[:, :, None] + total * zero[:, :, None]
         # NaN is less than any number to tl.max. Adding 0 makes -0 +0.
         bits = finite(tl.max(logits, axis=2) * scale + 0.0).to(tl.int32, bitcast=True)

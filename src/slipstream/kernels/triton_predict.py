@@ -31,23 +31,10 @@ PLACES = 1024  # of a stored set that are written at once
 
 @triton.jit
 def _push_kernel(
-    q_ptr,
-    positions_ptr,
-    seats_ptr,
-    cos_sin_ptr,
-    window_ptr,
-    q_stride,
-    last,
-    cos_sin_stride,
-    W: tl.constexpr,
-    NUM_Q: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    ROTATE: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, positions_ptr, seats_ptr, cos_sin_ptr, window_ptr, q_stride, last, cos_sin_stride,
+    W: tl.constexpr, NUM_Q: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (T, tiles of HEADS heads)."""
     if PDL:
         gdc_wait()
@@ -85,29 +72,11 @@ def _cosines(x, query, size, TINY: tl.constexpr):
 
 @triton.jit
 def _recall_kernel(
-    q_ptr,
-    window_ptr,
-    seats_ptr,
-    positions_ptr,
-    first_ptr,
-    cos_sin_ptr,
-    out_ptr,
-    strength,
-    last,
-    cos_sin_stride,
-    KIND: tl.constexpr,
-    W: tl.constexpr,
-    NUM_Q: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    ROTATE: tl.constexpr,
-    PUSH: tl.constexpr,
-    FEWEST: tl.constexpr,
-    TINY: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, window_ptr, seats_ptr, positions_ptr, first_ptr, cos_sin_ptr, out_ptr, strength, last, cos_sin_stride,
+    KIND: tl.constexpr, W: tl.constexpr, NUM_Q: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    ROTATE: tl.constexpr, PUSH: tl.constexpr, FEWEST: tl.constexpr, TINY: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (Hq, B). strength: beta * log2(e) of "analog", log2 of the decay of "ema"; the others do not read it."""
     if PDL:
         gdc_wait()

@@ -64,24 +64,10 @@ def _attend_span(
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    query_start_ptr,
-    lengths_ptr,
-    out_ptr,
-    scale_log2,
-    table_stride,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, lengths_ptr, out_ptr, scale_log2, table_stride,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (row tiles, Hk, B). The last row tiles see the most keys, so they start first."""
     if PDL:
         gdc_wait()

@@ -38,6 +38,91 @@ def _slots(keys, slot_of_ptr):
 
 
 @triton.jit
+def _count(these):
+    return tl.sum(these.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _touch(used_ptr, slots, tick, these):
+    """These slots are wanted at this tick."""
+    tl.store(used_ptr + slots, tick + tl.zeros_like(slots), mask=these)
+
+
+@triton.jit
+def _shared(blocks, sets_ptr, width, matches, CHUNK: tl.constexpr):
+    """How often each of the blocks is in the seat's set, where that ``matches``."""
+    shared = tl.zeros((blocks.shape[0],), tl.int32)
+    for start in range(0, width, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        some = tl.load(sets_ptr + at, mask=(at < width) & matches, other=-2)
+        shared += tl.sum((blocks[:, None] == some[None, :]).to(tl.int32), axis=1)
+    return shared
+
+
+@triton.jit
+def _held(blocks, missing, wanted_at_ptr, length, tail, num_blocks, share, BLOCK_N: tl.constexpr):
+    """Which of the missing blocks the chain holds, by when it wanted each block before ``tail``."""
+    every = tl.arange(0, BLOCK_N)
+    wanted_at = tl.load(wanted_at_ptr + every, mask=every < tl.minimum(tail, num_blocks), other=0)
+    ages = tl.where(wanted_at > 0, length - wanted_at, LAST)
+    oldest = 0  # of the ages that at most ``share`` blocks have not passed, the largest; no age is below 1
+    for turn in tl.static_range(ROUNDS):
+        older = oldest + (OLDEST_HALF >> turn)
+        oldest = tl.where(_count(ages <= older) <= share, older, oldest)
+    since = tl.load(wanted_at_ptr + blocks, mask=missing, other=0)
+    return missing & (since > 0) & (length - since <= oldest)
+
+
+@triton.jit
+def _stands_out(scores_ptr, blocks, scored, missing, margin):
+    """Whether the best of the missing blocks is more than ``margin`` of the way up."""
+    scores = tl.load(scores_ptr + blocks, mask=scored, other=0.0)
+    low = tl.min(tl.where(scored, scores, float("inf")), axis=0)
+    high = tl.max(tl.where(scored, scores, -float("inf")), axis=0)
+    return tl.max(tl.where(missing, scores, -float("inf")), axis=0) - low > margin * (high - low)
+
+
+@triton.jit
+def _store_union(known, added, blocks, out_ptr, out_width, BLOCK_M: tl.constexpr):
+    """The set and what is ``added`` of the blocks, ascending."""
+    added = tl.where(added, blocks, LAST)
+    both = tl.join(tl.where(known >= 0, known, LAST), added)
+    both = tl.sort(tl.reshape(both, (2 * BLOCK_M,)))
+    at = tl.arange(0, 2 * BLOCK_M)
+    tl.store(out_ptr + at, tl.where(both == LAST, -1, both), mask=at < out_width)
+
+
+@triton.jit
+def _store_previous(known, newest, wide, sets_ptr, out_ptr, out_width):
+    """The set and, at its end where it is not there yet, the newest block."""
+    num_known = _count(known >= 0)
+    at_end = (wide == num_known) & (tl.max(known, axis=0) < newest)
+    out = tl.load(sets_ptr + wide, mask=wide < num_known, other=-1)
+    tl.store(out_ptr + wide, tl.where(at_end, newest, out), mask=wide < out_width)
+
+
+@triton.jit
+def _store_returning(urgent_ptr, more, order, keys, slots, places, returned, first, end):
+    """Keys of those of ``more`` that are in no slot, in their order from ``first`` on; then -1 up to ``end``."""
+    tl.store(urgent_ptr + first + order, tl.where(slots < 0, keys, -1), mask=more)
+    blank = (places >= returned) & (places < end - first)
+    tl.store(urgent_ptr + first + places, tl.full(places.shape, -1, tl.int32), mask=blank)
+
+
+@triton.jit
+def _tally(counters_ptr, nexts, matches, num, turned, returned, drifted, sync, lost):
+    """One row's share of ``COUNTERS``, in their order."""
+    tl.atomic_add(counters_ptr, tl.sum((nexts >= 0).to(tl.int64), axis=0))
+    tl.atomic_add(counters_ptr + 1, tl.where(matches, num, 0).to(tl.int64))
+    tl.atomic_add(counters_ptr + 2, tl.where(matches, turned, 0).to(tl.int64))
+    if returned is not None:
+        tl.atomic_add(counters_ptr + 3, returned.to(tl.int64))
+    tl.atomic_add(counters_ptr + 4, tl.where(matches, 0, 1).to(tl.int64))
+    tl.atomic_add(counters_ptr + 5, drifted.to(tl.int64))
+    tl.atomic_add(counters_ptr + 6, ((sync == 0) & (lost > 0)).to(tl.int64))
+
+
+@triton.jit
 def _find_kernel(
     blocks_ptr, nexts_ptr, table_ptr, seats_ptr, lengths_ptr, slot_of_ptr, used_ptr, sets_ptr, made_for_ptr,
     wanted_at_ptr, tick_ptr, counters_ptr, scores_ptr, out_ptr, urgent_ptr, later_ptr, table_stride, num_keys,
@@ -70,56 +155,38 @@ def _find_kernel(
     known = tl.load(sets_ptr + places, mask=inside & matches, other=-1)
     known_keys = _keys(known, tail, table_ptr, PER_PAGE)
     known_slots = _slots(known_keys, slot_of_ptr)
-    shared = tl.zeros((BLOCK_M,), tl.int32)
-    for start in range(0, width, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        some = tl.load(sets_ptr + at, mask=(at < width) & matches, other=-2)
-        shared += tl.sum((blocks[:, None] == some[None, :]).to(tl.int32), axis=1)
+    shared = _shared(blocks, sets_ptr, width, matches, CHUNK)
     present = blocks >= 0
     fresh = present & (shared == 0)
-    num = tl.sum(present.to(tl.int32), axis=0)
-    turned = tl.sum(fresh.to(tl.int32), axis=0)
+    num, turned = _count(present), _count(fresh)
     block_keys = _keys(blocks, tail, table_ptr, PER_PAGE)
     block_slots = _slots(block_keys, slot_of_ptr)
     drifted = turned.to(tl.float32) > drift * num.to(tl.float32)
     missing = fresh & (blocks < tail)
+    returned = None
     if MODE == "union":
-        # Of the ages that at most ``share`` blocks have not passed, the largest; no age is below 1.
-        every = tl.arange(0, BLOCK_N)
-        wanted_at = tl.load(wanted_at_ptr + every, mask=every < tl.minimum(tail, num_blocks), other=0)
-        ages = tl.where(wanted_at > 0, length - wanted_at, LAST)
-        oldest = 0
-        for turn in tl.static_range(ROUNDS):
-            older = oldest + (OLDEST_HALF >> turn)
-            oldest = tl.where(tl.sum((ages <= older).to(tl.int32), axis=0) <= share, older, oldest)
-        since = tl.load(wanted_at_ptr + blocks, mask=missing, other=0)
-        held = missing & (since > 0) & (length - since <= oldest)
-        order = tl.sum(held.to(tl.int32), axis=0) - tl.cumsum(held.to(tl.int32), axis=0)  # the newest is 0
+        held = _held(blocks, missing, wanted_at_ptr, length, tail, num_blocks, share, BLOCK_N)
+        order = _count(held) - tl.cumsum(held.to(tl.int32), axis=0)  # the newest is 0
         more = held & (order < share - set_width)
         missing &= more == 0
     if scores_ptr is not None:
         scored = present & (blocks < tail)
-        scores = tl.load(scores_ptr + row * scores_width + blocks, mask=scored, other=0.0)
-        low = tl.min(tl.where(scored, scores, float("inf")), axis=0)
-        high = tl.max(tl.where(scored, scores, -float("inf")), axis=0)
-        drifted |= tl.max(tl.where(missing, scores, -float("inf")), axis=0) - low > margin * (high - low)
+        drifted |= _stands_out(scores_ptr + row * scores_width, blocks, scored, missing, margin)
     drifted &= matches
     sync = live & ((matches == 0) | drifted)
     if MODE == "current":
         sync = live
     keys, slots = tl.where(sync, block_keys, known_keys), tl.where(sync, block_slots, known_slots)
-    tl.store(used_ptr + slots, tick + tl.zeros_like(slots), mask=slots >= 0)
+    _touch(used_ptr, slots, tick, slots >= 0)
     urgent_ptr += row * urgent_width
     tl.store(urgent_ptr + places, tl.where(slots < 0, keys, -1), mask=inside)
-    lost = tl.sum(((keys >= 0) & (slots < 0)).to(tl.int32), axis=0)
+    lost = _count((keys >= 0) & (slots < 0))
     if MODE == "union":
         more &= sync == 0
-        returned = tl.sum(more.to(tl.int32), axis=0)
-        tl.store(used_ptr + block_slots, tick + tl.zeros_like(block_slots), mask=more & (block_slots >= 0))
-        tl.store(urgent_ptr + width + order, tl.where(block_slots < 0, block_keys, -1), mask=more)
-        blank = (places >= returned) & (places < urgent_width - width)
-        tl.store(urgent_ptr + width + places, tl.full((BLOCK_M,), -1, tl.int32), mask=blank)
-        lost += tl.sum((more & (block_keys >= 0) & (block_slots < 0)).to(tl.int32), axis=0)
+        returned = _count(more)
+        _touch(used_ptr, block_slots, tick, more & (block_slots >= 0))
+        _store_returning(urgent_ptr, more, order, block_keys, block_slots, places, returned, width, urgent_width)
+        lost += _count(more & (block_keys >= 0) & (block_slots < 0))
     end = tl.where(length % (SIZE * PER_PAGE) == 0, LAST, tail)
     tl.store(later_ptr + row * width + places, _keys(nexts, end, table_ptr, PER_PAGE), mask=inside)
     out_ptr += row * out_width
@@ -128,17 +195,9 @@ def _find_kernel(
         out = tl.load(blocks_ptr + row * width + wide, mask=(wide < width) & live, other=-1)
         tl.store(out_ptr + wide, out, mask=wide < out_width)
     elif MODE == "union":
-        added = tl.where(more | (fresh & (blocks >= tail)), blocks, LAST)
-        both = tl.join(tl.where(known >= 0, known, LAST), added)
-        both = tl.sort(tl.reshape(both, (2 * BLOCK_M,)))
-        tl.store(out_ptr + tl.arange(0, 2 * BLOCK_M), tl.where(both == LAST, -1, both),
-                 mask=tl.arange(0, 2 * BLOCK_M) < out_width)  # fmt: skip
+        _store_union(known, more | (fresh & (blocks >= tail)), blocks, out_ptr, out_width, BLOCK_M)
     else:
-        newest = (length - 1) // SIZE
-        num_known = tl.sum((known >= 0).to(tl.int32), axis=0)
-        at_end = (wide == num_known) & (tl.max(known, axis=0) < newest)
-        out = tl.load(sets_ptr + wide, mask=wide < num_known, other=-1)
-        tl.store(out_ptr + wide, tl.where(at_end, newest, out), mask=wide < out_width)
+        _store_previous(known, (length - 1) // SIZE, wide, sets_ptr, out_ptr, out_width)
     tl.debug_barrier()  # everybody has read the old set, and when blocks were wanted
     if live:
         for start in range(0, set_width, BLOCK_M):
@@ -153,14 +212,7 @@ def _find_kernel(
             tl.store(wanted_at_ptr + known, now, mask=(known >= 0) & (sync == 0))
             tl.store(wanted_at_ptr + nexts, now, mask=nexts >= 0)
     if live & (seat > 0):
-        tl.atomic_add(counters_ptr, tl.sum((nexts >= 0).to(tl.int64), axis=0))
-        tl.atomic_add(counters_ptr + 1, tl.where(matches, num, 0).to(tl.int64))
-        tl.atomic_add(counters_ptr + 2, tl.where(matches, turned, 0).to(tl.int64))
-        if MODE == "union":
-            tl.atomic_add(counters_ptr + 3, returned.to(tl.int64))
-        tl.atomic_add(counters_ptr + 4, tl.where(matches, 0, 1).to(tl.int64))
-        tl.atomic_add(counters_ptr + 5, drifted.to(tl.int64))
-        tl.atomic_add(counters_ptr + 6, ((sync == 0) & (lost > 0)).to(tl.int64))
+        _tally(counters_ptr, nexts, matches, num, turned, returned, drifted, sync, lost)
 
 
 def find_blocks(
@@ -193,22 +245,10 @@ def find_blocks(
 
 @triton.jit
 def _claim_kernel(
-    keys_ptr,
-    slot_of_ptr,
-    key_of_ptr,
-    used_ptr,
-    tick_ptr,
-    counter_ptr,
-    loads_ptr,
-    counts_ptr,
-    num_keys,
-    num_slots,
-    width,
-    wanted,
-    BLOCK_I: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    keys_ptr, slot_of_ptr, key_of_ptr, used_ptr, tick_ptr, counter_ptr, loads_ptr, counts_ptr, num_keys, num_slots,
+    width, wanted,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (Hk,): barriers order what the threads of the one program of a head tell each other through memory."""
     if PDL:
         gdc_wait()
@@ -223,9 +263,9 @@ def _claim_kernel(
     at = (ids // width * tl.num_programs(0) + head) * width + ids % width
     keys = tl.load(keys_ptr + at, mask=ids < wanted, other=-1)
     held = tl.load(slot_of_ptr + keys, mask=keys >= 0, other=0)
-    tl.store(used_ptr + held, tick + tl.zeros_like(held), mask=(keys >= 0) & (held >= 0))
+    _touch(used_ptr, held, tick, (keys >= 0) & (held >= 0))
     missing = (keys >= 0) & (held < 0)
-    num = tl.sum(missing.to(tl.int32), axis=0)
+    num = _count(missing)
     if num > 0:
         # The first of equal keys wins, and of many numbers below -1 the lowest stays.
         tl.debug_barrier()
@@ -238,7 +278,7 @@ def _claim_kernel(
         slots = tl.arange(0, BLOCK_C)
         used = tl.load(used_ptr + slots, mask=slots < num_slots, other=0, volatile=True)
         images = tl.where((slots < num_slots) & (used < tick), -used, ABSENT)
-        asked = tl.sum(first.to(tl.int32), axis=0)
+        asked = _count(first)
         kept, to, num = choose(images, asked, 0)
         tl.store(loads_ptr + 2 * to + 1, slots, mask=kept)
         old = tl.load(key_of_ptr + slots, mask=kept, other=-1)
@@ -248,7 +288,7 @@ def _claim_kernel(
         slot = tl.load(loads_ptr + 2 * ids + 1, mask=ids < num, other=-1, volatile=True)  # none for the last
         tl.store(slot_of_ptr + new, slot, mask=ids < asked)
         tl.store(key_of_ptr + slot, new, mask=ids < num)
-        tl.store(used_ptr + slot, tick + tl.zeros_like(slot), mask=ids < num)
+        _touch(used_ptr, slot, tick, ids < num)
     tl.store(counts_ptr + head, num)
     tl.atomic_add(counter_ptr, num.to(tl.int64))
 
@@ -274,21 +314,10 @@ def claim_slots(keys: Tensor, slots: Slots, tick: Tensor, counter: Tensor) -> tu
 
 @triton.jit
 def _forget_kernel(
-    table_ptr,
-    query_start_ptr,
-    lengths_ptr,
-    slot_of_ptr,
-    key_of_ptr,
-    used_ptr,
-    table_stride,
-    num_keys,
-    num_slots,
+    table_ptr, query_start_ptr, lengths_ptr, slot_of_ptr, key_of_ptr, used_ptr, table_stride, num_keys, num_slots,
     rows,
-    PAGE: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    PAGE: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (pages that the newest tokens may touch, tiles of the rows of all layers and heads, B)."""
     if PDL:
         gdc_wait()
@@ -330,21 +359,9 @@ def forget_pages(
 
 @triton.jit
 def _rows_kernel(
-    table_ptr,
-    seats_ptr,
-    lengths_ptr,
-    slot_of_ptr,
-    out_ptr,
-    table_stride,
-    num_keys,
-    num_slots,
-    first,
-    width,
-    PER_PAGE: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    table_ptr, seats_ptr, lengths_ptr, slot_of_ptr, out_ptr, table_stride, num_keys, num_slots, first, width,
+    PER_PAGE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (tiles of a row, Hk, B)."""
     if PDL:
         gdc_wait()

@@ -185,31 +185,11 @@ def _gram(
 
 @triton.jit
 def ridge_kernel(
-    q_ptr,
-    window_ptr,
-    seats_ptr,
-    positions_ptr,
-    first_ptr,
-    cos_sin_ptr,
-    out_ptr,
-    strength,
-    last,
-    cos_sin_stride,
-    W: tl.constexpr,
-    NUM_Q: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    ROTATE: tl.constexpr,
-    PUSH: tl.constexpr,
-    FEWEST: tl.constexpr,
-    FLOOR: tl.constexpr,
-    TINY: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, window_ptr, seats_ptr, positions_ptr, first_ptr, cos_sin_ptr, out_ptr, strength, last, cos_sin_stride,
+    W: tl.constexpr, NUM_Q: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
+    PUSH: tl.constexpr, FEWEST: tl.constexpr, FLOOR: tl.constexpr, TINY: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (Hq, B). Unknown i is the weight of what came after the query of age i; 0 is the newest and has none."""
     if PDL:
         gdc_wait()

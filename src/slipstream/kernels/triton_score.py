@@ -35,30 +35,12 @@ def group_rows(request, head, GROUP: tl.constexpr, NUM_KV: tl.constexpr, BLOCK_G
 
 @triton.jit
 def _score_kernel(
-    q_ptr,
-    summaries_ptr,
-    table_ptr,
-    lengths_ptr,
-    out_ptr,
-    scale,
-    deviation,
-    table_stride,
-    num_scores,
+    q_ptr, summaries_ptr, table_ptr, lengths_ptr, out_ptr, scale, deviation, table_stride, num_scores,
     tiles_per_program,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    KIND: tl.constexpr,
-    NUM_STATS: tl.constexpr,
-    MERGE: tl.constexpr,
-    SUM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr,
+    KIND: tl.constexpr, NUM_STATS: tl.constexpr, MERGE: tl.constexpr, SUM: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (chunks of tiles of the table's blocks, Hk, B)."""
     if PDL:
         gdc_wait()
@@ -104,29 +86,11 @@ def _score_kernel(
 
 @triton.jit
 def _wide_score_kernel(
-    q_ptr,
-    summaries_ptr,
-    table_ptr,
-    lengths_ptr,
-    out_ptr,
-    scale,
-    deviation,
-    table_stride,
-    num_scores,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    KIND: tl.constexpr,
-    NUM_STATS: tl.constexpr,
-    MERGE: tl.constexpr,
-    SUM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, summaries_ptr, table_ptr, lengths_ptr, out_ptr, scale, deviation, table_stride, num_scores,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, PER_PAGE: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr,
+    KIND: tl.constexpr, NUM_STATS: tl.constexpr, MERGE: tl.constexpr, SUM: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (tiles of the table's blocks, Hk, B): as the kernel above, but rows are read BLOCK_E columns at a time."""
     if PDL:
         gdc_wait()

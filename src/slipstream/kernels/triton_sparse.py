@@ -82,29 +82,11 @@ def attend_places(
 
 @triton.jit
 def _split_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    indices_ptr,
-    counts_ptr,
-    rows_ptr,
-    out_ptr,
-    piece_ptr,
-    lse_ptr,
-    scale_log2,
-    table_stride,
-    budget,
-    split,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, table_ptr, indices_ptr, counts_ptr, rows_ptr, out_ptr, piece_ptr, lse_ptr, scale_log2,
+    table_stride, budget, split,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (splits, Hk, B). A piece that is a whole row goes to ``out``, any other to ``piece_ptr`` and ``lse_ptr``."""
     if PDL:
         gdc_wait()

@@ -83,24 +83,10 @@ def _statistics_kernel(
 
 @triton.jit
 def _images_kernel(
-    logits_ptr,
-    blocks_ptr,
-    lengths_ptr,
-    partials_ptr,
-    images_ptr,
-    width,
-    num_partials,
-    sink,
-    recent,
-    SIZE: tl.constexpr,
-    LISTED: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    IS_SUM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits_ptr, blocks_ptr, lengths_ptr, partials_ptr, images_ptr, width, num_partials, sink, recent,
+    SIZE: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr, IS_SUM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (tiles of candidates, Hk, B): images of all candidates go to ``images_ptr`` [B, Hk, C]."""
     if PDL:
         gdc_wait()
@@ -165,27 +151,11 @@ def _select_kernel(
 
 @triton.jit
 def _chunk_kernel(
-    logits_ptr,
-    blocks_ptr,
-    lengths_ptr,
-    partials_ptr,
-    images_ptr,
-    tokens_ptr,
-    width,
-    num_partials,
-    budget,
-    room,
-    sink,
+    logits_ptr, blocks_ptr, lengths_ptr, partials_ptr, images_ptr, tokens_ptr, width, num_partials, budget, room, sink,
     recent,
-    SIZE: tl.constexpr,
-    LISTED: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    IS_SUM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    SIZE: tl.constexpr, LISTED: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr, IS_SUM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (chunks, Hk, B): a chunk's best, ``room`` places each, go to ``images_ptr`` and ``tokens_ptr``."""
     if PDL:
         gdc_wait()

@@ -33,25 +33,10 @@ WEIGH_SCORES = 4096
 
 @triton.jit
 def _seat_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    rows_ptr,
-    filled_ptr,
-    scores_ptr,
-    piece_ptr,
-    lse_ptr,
-    scale_log2,
-    split,
-    NUM_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    SLOTS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, rows_ptr, filled_ptr, scores_ptr, piece_ptr, lse_ptr, scale_log2, split,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (splits, Hk, B): a piece of the attention of one seat and KV head, and all its scores, base 2."""
     if PDL:
         gdc_wait()
@@ -109,25 +94,10 @@ def _weigh_slots(
 
 @triton.jit
 def _merge_and_weigh_kernel(
-    filled_ptr,
-    scores_ptr,
-    piece_ptr,
-    lse_ptr,
-    out_ptr,
-    weight_ptr,
-    split,
-    splits,
-    NUM_Q: tl.constexpr,
-    GROUP: tl.constexpr,
-    SLOTS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    filled_ptr, scores_ptr, piece_ptr, lse_ptr, out_ptr, weight_ptr, split, splits,
+    NUM_Q: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (Hq + tiles, B): the first Hq programs merge a head each, the others weigh a tile of slots each."""
     if PDL:
         gdc_wait()

@@ -9,7 +9,16 @@ from torch import Tensor
 from slipstream.kernels import sparse
 from slipstream.kvcache.index import IndexParts, KeyIndex
 from slipstream.kvcache.pool import KVPool
-from slipstream.selection.selector import CHANNELS, TOKEN_AGGREGATES, Budgeted, Planned, Selector, one_of, option
+from slipstream.selection.selector import (
+    AGGREGATE_HELP,
+    CHANNELS,
+    TOKEN_AGGREGATES,
+    Budgeted,
+    Planned,
+    Selector,
+    one_of,
+    option,
+)
 from slipstream.types import ModelSpec, Selection, options
 
 CHANNELS_HELP = "channels of a key in its 4-bit label; default: 32, with latent attention 256 or half of its row"
@@ -27,7 +36,7 @@ class DoubleSparsity(Budgeted):
     """The best tokens of all, by 4-bit labels of ``channels`` channels; the first two layers are dense by default."""
 
     dense_layers: int = option(2, "first layers that attend to everything (quest, double_sparsity: 2 by default)")
-    aggregate: str = option("sum", "over a KV head's query heads: 'sum', 'max' of weights; tokens also 'peak' logit")
+    aggregate: str = option("sum", AGGREGATE_HELP)
     channels: int | None = option(None, CHANNELS_HELP)
     calibration: str | None = option(None, CALIBRATION_HELP)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from slipstream.kernels import sparse
 from slipstream.kvcache.index import KeyIndex
 from slipstream.kvcache.pool import KVPool
-from slipstream.selection.selector import TOKEN_AGGREGATES, Budgeted, Planned, Selector, one_of, option
+from slipstream.selection.selector import AGGREGATE_HELP, TOKEN_AGGREGATES, Budgeted, Planned, Selector, one_of, option
 from slipstream.types import ModelSpec, Selection, options
 
 
@@ -18,7 +18,7 @@ from slipstream.types import ModelSpec, Selection, options
 class Oracle(Budgeted):
     """The tokens of the largest true attention weights, summed (or maximised) over the heads of a group."""
 
-    aggregate: str = option("sum", "over a KV head's query heads: 'sum', 'max' of weights; tokens also 'peak' logit")
+    aggregate: str = option("sum", AGGREGATE_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,16 +29,18 @@ class Oracle(Budgeted):
 
 
 class OracleSelector(Planned):
-    def __init__(self, config: Oracle, pool: KVPool, spec: ModelSpec) -> None:
+    """unread: so many of the newest keys are in no softmax, for they may not be there yet."""
+
+    def __init__(self, config: Oracle, pool: KVPool, spec: ModelSpec, unread: int = 0) -> None:
         super().__init__(pool, spec)
-        self._config = config
+        self._config, self._unread = config, unread
 
     def select(self, layer: int, query: Tensor) -> Selection:
         own = self._config
         return Selection(
             *sparse.key_tokens(
                 query, self._pool.k[layer], self._table, self._lengths, self._scale, own.budget, own.sink, own.recent,
-                own.aggregate,
+                own.aggregate, self._unread,
             )
         )  # fmt: skip
 

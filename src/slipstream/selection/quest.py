@@ -11,6 +11,7 @@ from slipstream.kernels.sparse import NUM_STATS
 from slipstream.kvcache.index import IndexParts, KeyIndex
 from slipstream.kvcache.pool import KVPool
 from slipstream.selection.selector import (
+    AGGREGATE_HELP,
     AGGREGATES,
     Budgeted,
     Planned,
@@ -29,7 +30,7 @@ class Quest(Budgeted):
     """``budget // block`` blocks by the sum (or maximum) of the group's bounds; the first two layers are dense."""
 
     dense_layers: int = option(2, "first layers that attend to everything (quest, double_sparsity: 2 by default)")
-    aggregate: str = option("sum", "over a KV head's query heads: 'sum', 'max' of weights; tokens also 'peak' logit")
+    aggregate: str = option("sum", AGGREGATE_HELP)
     block: int = option(16, "tokens of a block (quest: 16, two_level: 64 by default)")
     block_score: str = option("minmax", "how a block is scored: 'mean', 'minmax', 'meanstd'; two_level: 'minmax4x16'")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, get_type_hints
+from os import PathLike
+from typing import Any, Protocol, Self, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -15,6 +16,10 @@ from slipstream.types import Batch, ModelSpec, Selection, nearest
 CHANNELS, LATENT_CHANNELS = 32, 256  # of labels by default; at most half of a latent cache's row
 AGGREGATES = ("sum", "max")  # of block scores, over the query heads of a KV head
 TOKEN_AGGREGATES = ("sum", "max", "peak")  # of softmax weights; peak: the largest logit, without a softmax
+AGGREGATE_HELP = (
+    "over a KV head's query heads: 'sum' or 'max' of weights; tokens also 'peak' logit, two_level's default except on "
+    "latent caches"
+)
 
 
 class Selector(Protocol):
@@ -64,7 +69,11 @@ def one_of(name: str, value: Any, valid: Iterable[str]) -> None:
 def check_numbers(config: Any) -> None:
     """``ValueError`` for a field that is not of its type, negative, or 0 where that means nothing."""
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+        value, valid = getattr(config, name), get_args(hint) or (hint,)
+        if hint is bool and value not in (True, False):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+        if str in valid and not isinstance(value, (*valid, PathLike)):
+            raise ValueError(f"{name} must be text, got {value!r}")
         if hint not in (int, float, int | None) or (value is None and hint == int | None):
             continue
         least = 0 if name in MAY_BE_ZERO else 1
@@ -121,11 +130,14 @@ class Budgeted:
         return 0
 
     def for_model(self, spec: ModelSpec) -> Self:
-        """This config with what depends on the model filled in: ``channels`` where the user gave none."""
-        if getattr(self, "channels", 0) is not None:
-            return self
-        half = spec.head_dim // 4 * 2
-        return replace(self, channels=CHANNELS if spec.value_dim is None else min(LATENT_CHANNELS, half))  # type: ignore[call-arg]
+        """This config with what depends on the model filled in: ``channels`` and ``aggregate`` where none was given."""
+        is_latent, half = spec.value_dim is not None, spec.head_dim // 4 * 2
+        # The one set of a latent cache serves all query heads, whose logits do not compare; their weights do.
+        best: dict[str, Any] = {
+            "channels": min(LATENT_CHANNELS, half) if is_latent else CHANNELS,
+            "aggregate": "sum" if is_latent else "peak",
+        }
+        return replace(self, **{name: value for name, value in best.items() if getattr(self, name, value) is None})
 
     def selector(self, pool: KVPool, spec: ModelSpec, index: KeyIndex | None) -> Selector:
         raise NotImplementedError

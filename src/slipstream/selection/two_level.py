@@ -12,6 +12,7 @@ from slipstream.kvcache.index import IndexParts, KeyIndex
 from slipstream.kvcache.pool import KVPool
 from slipstream.selection.double_sparsity import CALIBRATION_HELP, CHANNELS_HELP, check_channels
 from slipstream.selection.selector import (
+    AGGREGATE_HELP,
     AGGREGATES,
     CHANNELS,
     TOKEN_AGGREGATES,
@@ -37,7 +38,7 @@ class TwoLevel(Budgeted):
     block_score ``minmax4x16`` keeps bounds of quarter blocks (16 tokens at the default block) and takes the largest.
     """
 
-    aggregate: str = option("peak", "over a KV head's query heads: 'sum', 'max' of weights; tokens also 'peak' logit")
+    aggregate: str | None = option(None, AGGREGATE_HELP)
     blocks: int = option(128, "blocks that the first level keeps")
     block: int = option(64, "tokens of a block (quest: 16, two_level: 64 by default)")
     block_score: str = option("minmax", "how a block is scored: 'mean', 'minmax', 'meanstd'; two_level: 'minmax4x16'")
@@ -48,7 +49,8 @@ class TwoLevel(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("aggregate", self.aggregate, TOKEN_AGGREGATES)
+        if self.aggregate is not None:
+            one_of("aggregate", self.aggregate, TOKEN_AGGREGATES)
         one_of("block_aggregate", self.block_aggregate, AGGREGATES)
         one_of("block_score", self.block_score, BLOCK_SCORES)
         check_channels(self.channels)
@@ -66,11 +68,6 @@ class TwoLevel(Budgeted):
         return 4 if self.block_score == QUARTERS else 1
 
     @property
-    def unread(self) -> int:
-        # A softmax runs over all labels, those of tokens that are attended anyway among them.
-        return super().unread if self.aggregate == "peak" else 0
-
-    @property
     def index(self) -> IndexParts:
         kind = "minmax" if self.block_score == QUARTERS else self.block_score
         return IndexParts(kind, self.block // self.merge, self.channels or CHANNELS)
@@ -86,7 +83,7 @@ class TwoLevel(Budgeted):
 class TwoLevelSelector(Planned):
     def __init__(self, config: TwoLevel, pool: KVPool, spec: ModelSpec, index: KeyIndex) -> None:
         super().__init__(pool, spec)
-        self._config, self._index = config, index
+        self._config, self._index = config.for_model(spec), index
         assert index.parts.kind is not None
         self._kind = index.parts.kind
 
@@ -114,10 +111,11 @@ class TwoLevelSelector(Planned):
     def tokens(self, layer: int, query: Tensor, blocks: Tensor) -> Selection:
         """Level 2, inside ``blocks`` [B, Hk, M]."""
         own, labels = self._config, self._index.labels(layer)
+        assert own.aggregate is not None, "for_model says"
         return Selection(
             *sparse.label_tokens(
                 query, *labels, self._table, self._lengths, blocks, own.block, self._scale, own.budget, own.sink,
-                own.recent, own.aggregate,
+                own.recent, own.aggregate, own.unread,
             )
         )  # fmt: skip
 
