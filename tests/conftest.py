@@ -1,6 +1,7 @@
 """What many tests share: the embedded models, a tiny random one, and a look at what each test left behind."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 # Triton reads this once, at its first import, wherever in the suite that happens: no GPU, so its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Whoever starts the suite in the background of a shell has it ignore Ctrl-C, and so would what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "model_type": "qwen3",
