@@ -13,8 +13,8 @@ QUESTIONS = {
     "AsyncSpade": ("h200/asyncspade", "h200/asyncspade_accuracy", "cpu/asyncspade_cpu", "cpu/asyncspade_cpu_b1"),
     "AsyncTLS": ("h200/offload", "h200/asynctls_accuracy"),
     "A1 / ATTS": (
-        "cpu/atts_replay", "h200/atts_schedule", "cpu/atts_schedule", "cpu/atts_schedule_simulated",
-        "h200/atts_accuracy",
+        "cpu/atts_replay", "h200/atts_schedule", "cpu/atts_schedule", "cpu/atts_schedule_full",
+        "cpu/atts_schedule_simulated", "h200/atts_accuracy",
     ),
     "Server": ("cpu/serve", "cpu/soak"),
     "Latent attention": ("h200/operator_latent", "h200/asyncspade_latent", "h200/accuracy_latent"),
