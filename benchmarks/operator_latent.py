@@ -5,8 +5,7 @@ absorbed queries, bf16. Every arm is one captured CUDA graph over ``LAYERS`` lay
 so that none finds its data in the L2 cache; times are per layer. *total* is the product's own backend. The peer is
 FlashInfer's MLA decode on the same pages, planned once outside the timing, the faster of its two kernels (fa2, fa3);
 our own dense kernel stands beside it, and speed-ups are over the fastest of the three. The floor is what a method must
-read (summaries, labels of the candidates, chosen rows; all rows for full attention) over the bandwidth measured in the
-same run.
+read (summaries, candidates' labels, chosen rows; all rows for full attention) over the same run's bandwidth.
 
     PYTHONPATH=src python benchmarks/operator_latent.py --json benchmarks/results/h200/operator_latent.json
     PYTHONPATH=src python benchmarks/operator_latent.py --smoke      # a CPU, tiny shapes: that it runs
@@ -37,7 +36,7 @@ from slipstream.types import Batch, ModelSpec
 PAGE = 64
 ARCHITECTURE = "Glm4MoeLiteForCausalLM"
 TOLERANCE = 0.01
-AGREEMENT = 0.99  # of chosen tokens with the definition's: sums in another order, so close calls may fall otherwise
+AGREEMENT = 0.99  # of chosen tokens with the definition's: sums in another order decide close calls otherwise
 BARS = {98304: 6.0, 131072: 8.0}  # at batch 8
 
 
